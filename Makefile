@@ -1,0 +1,41 @@
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+DATA ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-real-data check format clean
+
+help: ## Show this help
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+# The stamp makes a second call free; it is older than its inputs whenever a dependency changes.
+$(VENV)/.stamp: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+setup: $(VENV)/.stamp ## Make .venv with everything the other commands need
+
+demo: setup ## Import, train, promote and serve on http://127.0.0.1:8000 (DATA=DIR for MovieLens)
+	$(BIN)/shortlist demo $(if $(DATA),--data $(DATA))
+
+test: setup ## Run every test, on SQLite and on a private PostgreSQL
+	$(BIN)/pytest -n auto -m 'not real_data'
+
+test-real-data: setup ## Run the tests that use the data sets under SHORTLIST_DATA
+	$(BIN)/pytest -n auto -m real_data
+
+check: setup ## Lint, types, import rules, dependencies
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/deptry .
+
+format: setup ## Format the code and fix what can be fixed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## Remove the environment and caches
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis build *.egg-info

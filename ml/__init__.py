@@ -1,0 +1,1 @@
+"""Shortlist, offline: data, models, training, evaluation and the model registry."""

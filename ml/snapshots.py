@@ -1,0 +1,24 @@
+"""Snapshots: immutable Parquet parts of events up to a watermark, with a content hash."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class EventMeaning:
+    """What events of one type mean to training, history and serving."""
+
+    weight: float = 1.0
+    minimum_value: float | None = None  # an event with a lower value is no interaction
+    in_history: bool = True  # trains, and is what Caser looks at
+    excludes: bool = True  # leaves the item out of later answers
+
+
+ANY_TYPE = "*"
+
+# `retract` is not listed: it always takes back the event that it names.
+DEFAULT_MEANINGS: Mapping[str, EventMeaning] = {
+    ANY_TYPE: EventMeaning(),
+    "impression": EventMeaning(in_history=False, excludes=False),
+    "dislike": EventMeaning(in_history=False, excludes=True),
+}
