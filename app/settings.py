@@ -15,9 +15,7 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix="SHORTLIST_", env_file=".env", extra="ignore")
 
-    data_dir: Path = Field(
-        Path("data"), description="Folder of the database, snapshots, versions and run files."
-    )
+    data_dir: Path = Field(Path("data"), description="Folder of the database, snapshots, versions and run files.")
     database_url: SecretStr | None = Field(
         None,
         description="SQLAlchemy URL, `postgresql+psycopg://…` or `sqlite:///…`; SQLite under data_dir if unset.",
@@ -25,44 +23,28 @@ class Settings(BaseSettings):
     store_url: str | None = Field(
         None, description="Folder or `s3://bucket/prefix` of snapshots and versions; data_dir/store if unset."
     )
-    host: str = Field(
-        "127.0.0.1", description="Address to listen on; other than loopback only once a key exists."
-    )
+    host: str = Field("127.0.0.1", description="Address to listen on; other than loopback only once a key exists.")
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on.")
-    workers: int = Field(
-        1, ge=1, le=256, description="Serving processes; more than one needs PostgreSQL or one host."
-    )
+    workers: int = Field(1, ge=1, le=256, description="Serving processes; more than one needs PostgreSQL or one host.")
     embedded_worker: bool = Field(True, description="Run a training worker beside `shortlist serve`.")
     log_format: Literal["console", "json"] = Field("console", description="How log lines look.")
-    log_level: Literal["debug", "info", "warning", "error"] = Field(
-        "info", description="The least level logged."
-    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="The least level logged.")
     max_body_bytes: int = Field(2_000_000, ge=1_000, description="Larger request bodies get 413.")
     unknown_items: Literal["create", "hold", "reject"] = Field(
         "create",
         description="Feedback on an item not in the catalogue: create it, create it hidden, or reject the event.",
     )
-    feedback_queue: int = Field(
-        1_000, ge=1, description="Requests waiting for a commit before feedback gets 429."
-    )
+    feedback_queue: int = Field(1_000, ge=1, description="Requests waiting for a commit before feedback gets 429.")
     event_meanings: dict[str, EventMeaning] = Field(
         default=dict(DEFAULT_MEANINGS),
         description="What each event type means, as JSON; `*` is any type not listed.",
     )
     max_history: int = Field(1_000, ge=1, description="Newest interactions of a user that ranking looks at.")
-    model_poll_seconds: float = Field(
-        1.0, gt=0, description="How often a process looks for a new active version."
-    )
-    key_cache_seconds: float = Field(
-        5.0, gt=0, le=10, description="How long a checked key is trusted without SQL."
-    )
-    lease_seconds: float = Field(
-        30.0, gt=0, description="A run whose worker is silent this long is taken up again."
-    )
+    model_poll_seconds: float = Field(1.0, gt=0, description="How often a process looks for a new active version.")
+    key_cache_seconds: float = Field(5.0, gt=0, le=10, description="How long a checked key is trusted without SQL.")
+    lease_seconds: float = Field(30.0, gt=0, description="A run whose worker is silent this long is taken up again.")
     max_attempts: int = Field(3, ge=1, description="Claims of a run before it counts as failed.")
-    retention_days: float = Field(
-        30.0, ge=0, description="Age at which unused parts and retired versions are removed."
-    )
+    retention_days: float = Field(30.0, ge=0, description="Age at which unused parts and retired versions are removed.")
 
     @cached_property
     def resolved_database_url(self) -> str:

@@ -129,9 +129,7 @@ runs = sa.Table(
     sa.Column("overrides", sa.JSON, nullable=False),
     sa.Column("promote", sa.String(16), nullable=False),  # guarded, always or never
     sa.Column("warm_start", sa.Boolean, nullable=False),
-    sa.Column(
-        "state", sa.Enum(*RUN_STATES, name="state", native_enum=False, create_constraint=True), nullable=False
-    ),
+    sa.Column("state", sa.Enum(*RUN_STATES, name="state", native_enum=False, create_constraint=True), nullable=False),
     sa.Column("cancel_requested", sa.Boolean, nullable=False),
     sa.Column("idempotency_key", sa.String(255), unique=True),
     sa.Column("requested_by", sa.String(64)),
