@@ -86,5 +86,5 @@ def test_compose_asks_for_every_secret_and_the_example_names_them_all() -> None:
 def test_compose_comment_commands_exist() -> None:
     for line in (ROOT / "docker" / "compose.yaml").read_text().splitlines():
         if match := re.search(r"run --rm service (shortlist .*)", line):
-            command = [word for word in shlex.split(match[1])]
+            command = shlex.split(match[1])
             assert_command_exists(command[:3])
