@@ -119,6 +119,19 @@ recommendation_log = sa.Table(
     _time("created_at", nullable=False, index=True),
 )
 
+# What this database has put into snapshots so far: the newest row is what the next one continues. It lives here,
+# and not in the store, so that a database that was restored from a backup goes on from its own past.
+snapshots = sa.Table(
+    "snapshots",
+    metadata,
+    sa.Column("sequence", Position, primary_key=True, autoincrement=True),
+    sa.Column("hash", sa.String(64), nullable=False),
+    # The cluster that its transaction ids belong to; empty on SQLite.
+    sa.Column("cluster", sa.String(128), nullable=False),
+    _time("created_at", nullable=False),
+    sqlite_autoincrement=True,
+)
+
 RUN_STATES = ("queued", "running", "succeeded", "failed", "cancelled")
 
 runs = sa.Table(
