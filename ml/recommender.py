@@ -1,0 +1,162 @@
+"""A model with its id maps: the one object that ranks, in evaluation and in the service alike."""
+
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from ml.ids import IdMap
+from ml.interactions import Interactions
+from ml.models import RankingModel
+
+Indices: TypeAlias = npt.NDArray[np.int64]
+AnyIndices: TypeAlias = npt.NDArray[Any] | Sequence[int]
+
+UNKNOWN = -1
+_NEVER = float("-inf")
+
+
+def windows_from_histories(histories: Sequence[AnyIndices], length: int, padding: int) -> Indices:
+    """Cut the last `length` items of each history, oldest first, padded on the left; negative items are left out.
+
+    Shape (len(histories), length).
+    """
+    windows = np.full((len(histories), length), padding, np.int64)
+    if length == 0:
+        return windows
+    for row, history in enumerate(histories):
+        whole = np.asarray(history, np.int64)
+        recent = whole[-length:]
+        if len(recent) and recent.min() < 0:
+            recent = whole[whole >= 0][-length:]
+        if len(recent):
+            windows[row, length - len(recent) :] = recent
+    return windows
+
+
+def windows_from_interactions(interactions: Interactions, users: AnyIndices, length: int) -> Indices:
+    """Cut the last `length` items of each user's interactions, as `windows_from_histories` does, without a loop."""
+    rows = np.asarray(users, np.int64)
+    padding = interactions.num_items
+    if length == 0 or len(interactions) == 0:
+        return np.full((len(rows), length), padding, np.int64)
+    starts, ends = interactions.offsets[rows], interactions.offsets[rows + 1]
+    positions = ends[:, None] - length + np.arange(length)
+    inside = positions >= starts[:, None]
+    return np.where(inside, interactions.item_index[np.where(inside, positions, 0)], padding).astype(np.int64)
+
+
+def best(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Find the k highest of each row, best first, the lower index first where scores tie.
+
+    Scores of minus infinity are never chosen: such places hold index -1. ValueError if a score is not a number.
+    """
+    count = min(k + 1, scores.shape[1])
+    values, indices = torch.topk(scores, count, dim=1)
+    if count == 0:
+        return values, indices
+    if bool(torch.isnan(values[:, 0]).any()):  # the largest of all to topk
+        raise ValueError("the model's scores are not numbers: train it again with a lower learning rate")
+    # One more than asked for shows a tie across the end of the list, which topk settles arbitrarily.
+    tied = ((values[:, 1:] == values[:, :-1]) & (values[:, 1:] > _NEVER)).any(dim=1)
+    values, indices = values[:, :k], indices[:, :k]
+    if bool(tied.any()):
+        values, indices = values.clone(), indices.clone()
+        for row in torch.nonzero(tied).flatten().tolist():
+            lowest = values[row, -1]
+            # In order of index, so that a stable sort keeps the lower index first.
+            contenders = torch.nonzero(scores[row] >= lowest).flatten()
+            order = torch.argsort(scores[row, contenders], descending=True, stable=True)[: values.shape[1]]
+            indices[row] = contenders[order]
+            values[row] = scores[row, indices[row]]
+    return values, indices.masked_fill(values == _NEVER, UNKNOWN)
+
+
+class Recommender:
+    """Rank a model's whole catalogue for users; safe to call from several threads at once."""
+
+    def __init__(self, model: RankingModel, users: IdMap, items: IdMap) -> None:
+        if len(users) != model.num_users or len(items) != model.num_items:
+            raise ValueError(
+                f"the model has {model.num_users} users and {model.num_items} items, "
+                f"its id maps {len(users)} and {len(items)}"
+            )
+        self.model = model.eval()
+        self.users = users
+        self.items = items
+        tensor = next(model.parameters(), None)
+        if tensor is None:
+            tensor = next(model.buffers(), None)
+        self.device = torch.device("cpu") if tensor is None else tensor.device
+
+    @property
+    def num_users(self) -> int:
+        """The number of users the model was trained on."""
+        return self.model.num_users
+
+    @property
+    def num_items(self) -> int:
+        """The size of the catalogue that is ranked."""
+        return self.model.num_items
+
+    @property
+    def window_length(self) -> int:
+        """How many of the latest items of a history the model looks at; 0 if none."""
+        return self.model.window_length
+
+    @property
+    def folds_in(self) -> bool:
+        """Whether a user the model was not trained on can be ranked for from the history alone."""
+        return bool(self.model.folds_in)
+
+    def scores(self, user_index: AnyIndices, windows: Indices) -> Tensor:
+        """Score the whole catalogue: float32 (batch, num_items), for the caller to change within inference mode.
+
+        `user_index` -1 is a user unknown to the model; ValueError unless the model folds in.
+        """
+        users = np.asarray(user_index, np.int64)
+        if len(users) and users.min() < 0:
+            if not self.folds_in:
+                raise ValueError("this model cannot rank for a user it was not trained on")
+            users = np.where(users < 0, self.num_users, users)
+        with torch.inference_mode():
+            scores = self.model.score_catalogue(
+                torch.from_numpy(users).to(self.device), torch.from_numpy(windows).to(self.device)
+            )
+            # An expanded row (popularity) must not be written to.
+            return scores.float().contiguous() if scores.stride(0) else scores.float().clone()
+
+    def top_k(
+        self,
+        user_index: AnyIndices,
+        histories: Sequence[AnyIndices],
+        excluded: Sequence[AnyIndices],
+        k: int,
+        allowed: npt.NDArray[np.bool_] | None = None,
+    ) -> tuple[Indices, npt.NDArray[np.float32]]:
+        """Choose the k best items for each user, best first, the lower index first where scores tie.
+
+        `histories` are item indices, oldest first; `excluded` are never returned; `allowed` (num_items,) limits the
+        catalogue. Items are -1 and scores minus infinity where fewer than k remain. Negative item indices (items the
+        model does not know) are passed over. Returns items (batch, k) and scores (batch, k).
+        """
+        if k < 1:
+            raise ValueError("k must be at least 1")
+        with torch.inference_mode():
+            windows = windows_from_histories(histories, self.window_length, self.num_items)
+            scores = self.scores(user_index, windows)
+            for row, items in enumerate(excluded):
+                out = np.asarray(items, np.int64)
+                if len(out):
+                    scores[row, torch.from_numpy(out[out >= 0]).to(self.device)] = _NEVER
+            if allowed is not None:
+                scores.masked_fill_(torch.from_numpy(~allowed).to(self.device), _NEVER)
+            values, indices = best(scores, k)
+            items = np.full((len(histories), k), UNKNOWN, np.int64)
+            kept = np.full((len(histories), k), _NEVER, np.float32)
+            items[:, : indices.shape[1]] = indices.cpu().numpy()
+            kept[:, : values.shape[1]] = values.cpu().numpy()
+            return items, kept
