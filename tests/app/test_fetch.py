@@ -31,7 +31,7 @@ BODIES = {
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    def do_GET(self) -> None:  # noqa: N802
+    def do_GET(self) -> None:
         body = BODIES.get(self.path)
         self.send_response(404 if body is None else 200)
         self.end_headers()
