@@ -8,19 +8,34 @@ from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.engine import URL, Connection, Engine, make_url
+from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 BUSY_TIMEOUT_SECONDS = 30
+CONNECT_TIMEOUT_SECONDS = 3
+POOL_TIMEOUT_SECONDS = 5
 
 
 def create_engine(url: str | URL, **options: Any) -> Engine:
     """An engine whose commits are durable: SQLite with WAL and `synchronous=FULL`, or PostgreSQL."""
+    # The older name of PostgreSQL that many hosts still hand out; SQLAlchemy no longer knows it.
+    if isinstance(url, str) and url.startswith("postgres://"):
+        url = "postgresql://" + url.removeprefix("postgres://")
     url = make_url(url)
-    if url.get_backend_name() != "sqlite":
+    options.setdefault("hide_parameters", True)  # what a statement carried (ids, hashes of keys) stays out of the log
+    if "poolclass" not in options:
+        options = {"pool_timeout": POOL_TIMEOUT_SECONDS, "pool_size": 10, "max_overflow": 10, **options}
+    if url.get_backend_name() == "postgresql":
         # A database that is gone is to be noticed in seconds, so that a request can still be answered without it.
-        connect_args = {"connect_timeout": 3, "options": "-c timezone=UTC"}
-        return sa.create_engine(url, pool_pre_ping=True, connect_args=connect_args, **options)
-    if url.database and url.database != ":memory:":
-        Path(url.database).parent.mkdir(parents=True, exist_ok=True)
+        connect_args = {"connect_timeout": CONNECT_TIMEOUT_SECONDS, "options": "-c timezone=UTC"}
+        return sa.create_engine(
+            url.set(drivername="postgresql+psycopg"), pool_pre_ping=True, connect_args=connect_args, **options
+        )
+    if url.get_backend_name() != "sqlite":
+        raise ValueError(f"the database must be SQLite or PostgreSQL, not {url.get_backend_name()}")
+    if not url.database or url.database == ":memory:":
+        raise ValueError("SQLite needs a file (sqlite:///path): one in memory is not shared between connections")
+    Path(url.database).parent.mkdir(parents=True, exist_ok=True)
     engine = sa.create_engine(url, connect_args={"timeout": BUSY_TIMEOUT_SECONDS}, **options)
     sa.event.listen(engine, "connect", _prepare_sqlite)
     sa.event.listen(engine, "begin", _begin_sqlite)
@@ -45,3 +60,10 @@ def writing(engine: Engine) -> Iterator[Connection]:
     """
     with engine.connect().execution_options(sqlite_begin="BEGIN IMMEDIATE") as connection, connection.begin():
         yield connection
+
+
+def is_outage(error: BaseException) -> bool:
+    """Whether an error says that the database cannot be asked now, rather than that the question was wrong."""
+    if isinstance(error, DBAPIError) and error.connection_invalidated:
+        return True
+    return isinstance(error, OperationalError | InterfaceError | PoolTimeout)

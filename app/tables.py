@@ -5,6 +5,9 @@ from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Dialect
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.sql.compiler import SQLCompiler
+from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.types import TypeDecorator
 
 MAX_ID_LENGTH = 255
@@ -40,6 +43,26 @@ class UtcDateTime(TypeDecorator[datetime]):
         return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
 
 
+class CurrentTransactionId(FunctionElement[int]):
+    """The id of the running transaction on PostgreSQL, NULL on SQLite (where commits are in order of position)."""
+
+    type = sa.BigInteger()
+    inherit_cache = True
+
+
+@compiles(CurrentTransactionId, "postgresql")
+def _transaction_id_postgresql(_element: CurrentTransactionId, _compiler: SQLCompiler, **_options: Any) -> str:
+    return "(pg_current_xact_id()::text::bigint)"
+
+
+@compiles(CurrentTransactionId)
+def _transaction_id_elsewhere(_element: CurrentTransactionId, _compiler: SQLCompiler, **_options: Any) -> str:
+    return "NULL"
+
+
+# Ids compare byte by byte on both databases, so that lists and cursors have one order.
+Identifier = sa.String(MAX_ID_LENGTH).with_variant(sa.String(MAX_ID_LENGTH, collation="C"), "postgresql")
+
 # SQLite counts rows in INTEGER PRIMARY KEY alone, which is 64 bits wide there.
 Position = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
 
@@ -49,7 +72,7 @@ def _time(name: str, **options: Any) -> sa.Column[datetime]:
 
 
 def _id(name: str, **options: Any) -> sa.Column[str]:
-    return sa.Column(name, sa.String(MAX_ID_LENGTH), **options)
+    return sa.Column(name, Identifier, **options)
 
 
 users = sa.Table(
@@ -92,7 +115,9 @@ events = sa.Table(
     # The event_id (of the same user) that a `retract` takes back.
     _id("retracts"),
     # PostgreSQL's transaction id at the insert: what a snapshot's watermark is made of. Empty on SQLite.
-    sa.Column("transaction_id", sa.BigInteger, index=True),
+    # Never name it in an insert: the database fills it in.
+    sa.Column("transaction_id", sa.BigInteger, server_default=CurrentTransactionId()),
+    sa.Index("ix_events_transaction_id", "transaction_id", sqlite_where=sa.text("transaction_id IS NOT NULL")),
     # Serves both: an event_id is unique to its user, and one range of this index is a user's history.
     sa.UniqueConstraint("user_id", "event_id"),
     sqlite_autoincrement=True,

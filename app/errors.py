@@ -1,0 +1,173 @@
+"""Errors as callers see them: problem documents (RFC 9457) that name the field and show nothing of the inside."""
+
+import http
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import structlog
+from fastapi import FastAPI, Request, Response
+from fastapi.encoders import jsonable_encoder
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel, Field
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+from starlette.exceptions import HTTPException
+
+from app.database import is_outage
+from app.identifiers import explain
+
+MEDIA_TYPE = "application/problem+json"
+RETRY_AFTER_SECONDS = 2
+MAX_ERRORS_SHOWN = 100
+
+log = structlog.get_logger(__name__)
+
+
+class FieldError(BaseModel):
+    """What is wrong with one part of a request."""
+
+    field: str = Field(description="Where: `body.3.user_id`, `query.k`, `path.item_id`, `header.…`.")
+    message: str
+
+
+class ProblemDocument(BaseModel):
+    """What every error answers with (RFC 9457)."""
+
+    type: str = Field(description="`about:blank`: the status says what kind of problem it is.")
+    title: str
+    status: int
+    detail: str
+    errors: list[FieldError] = Field(default_factory=list)
+
+
+class Problem(Exception):  # noqa: N818 - what it is called in RFC 9457
+    """An error to answer a request with; raise it anywhere below a route."""
+
+    def __init__(
+        self,
+        status: int,
+        title: str | None = None,
+        detail: str = "",
+        field: str | None = None,
+        headers: Mapping[str, str] | None = None,
+        errors: Sequence[FieldError] = (),
+    ) -> None:
+        super().__init__(detail)
+        self.status = status
+        self.title = title or http.HTTPStatus(status).phrase
+        self.detail = detail
+        self.headers = dict(headers or {})
+        self.errors = [FieldError(field=field, message=detail)] if field is not None else list(errors)
+
+    def response(self) -> Response:
+        document = ProblemDocument(
+            type="about:blank", title=self.title, status=self.status, detail=self.detail, errors=self.errors
+        )
+        return JSONResponse(
+            jsonable_encoder(document), status_code=self.status, headers=self.headers, media_type=MEDIA_TYPE
+        )
+
+
+def unavailable(detail: str = "The database cannot be reached. Nothing was changed; try again.") -> Problem:
+    """The answer while something the service needs is gone."""
+    return Problem(503, detail=detail, headers={"Retry-After": str(RETRY_AFTER_SECONDS)})
+
+
+def unexpected() -> Response:
+    """The answer to an error nobody foresaw; what happened stands in the log, under the answer's X-Request-ID."""
+    detail = "Something went wrong here. The log tells what, under this answer's X-Request-ID."
+    return Problem(500, detail=detail).response()
+
+
+def too_large(limit: object) -> Problem:
+    """The answer to a body above the bound."""
+    return Problem(413, detail=f"The body is larger than {limit} bytes: send it in parts.", field="body")
+
+
+def responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """What a route may answer beside success, for its OpenAPI description: `responses=responses(404, 422)`.
+
+    500 is always among them. 401, 403 and 503 go with every route that checks a key.
+    """
+    return {
+        status: {
+            "description": http.HTTPStatus(status).phrase,
+            "model": ProblemDocument,
+            "content": {MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/ProblemDocument"}}},
+        }
+        for status in sorted({*statuses, 500})
+    }
+
+
+def install(app: FastAPI) -> None:
+    """Make every error of an application a problem document."""
+    app.add_exception_handler(Problem, _problem)
+    app.add_exception_handler(RequestValidationError, _invalid)
+    app.add_exception_handler(HTTPException, _http)
+    app.add_exception_handler(DBAPIError, _database)
+    app.add_exception_handler(PoolTimeout, _database)
+    app.add_exception_handler(Exception, _unexpected)
+
+
+async def _problem(_request: Request, error: Exception) -> Response:
+    assert isinstance(error, Problem)
+    return error.response()
+
+
+async def _invalid(_request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    found = error.errors()
+    errors = [FieldError(field=_field(e), message=_message(e)) for e in found[:MAX_ERRORS_SHOWN]]
+    detail = f"{errors[0].field}: {errors[0].message}" + (f" (and {len(found) - 1} more)" if len(found) > 1 else "")
+    return Problem(422, "The request is not valid", detail, errors=errors).response()
+
+
+def _field(error: Mapping[str, Any]) -> str:
+    location = error.get("loc", ())
+    if error.get("type") == "json_invalid":
+        return "body"
+    # Types within a union (`body.list[Event].3`) are ours, not the caller's: the caller's path has none of them.
+    parts = [str(part) for part in location if not (isinstance(part, str) and not _is_name(part))]
+    return ".".join(parts) or "body"
+
+
+def _is_name(part: str) -> bool:
+    return not any(character in part for character in "[](){}<> ")
+
+
+def _message(error: Mapping[str, Any]) -> str:
+    if error.get("type") == "json_invalid":
+        position = error.get("loc", ("body", 0))[-1]
+        return f"is not valid JSON: {error.get('ctx', {}).get('error', 'it cannot be read')} at character {position}"
+    return explain(dict(error))
+
+
+async def _http(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    status, headers = error.status_code, error.headers
+    if status == 404:
+        return Problem(404, detail=f"There is nothing at {request.url.path}; GET /docs lists what there is.").response()
+    if status == 405:
+        allowed = (headers or {}).get("Allow", "other methods")
+        return Problem(405, detail=f"{request.method} does not work here; {allowed} does.", headers=headers).response()
+    if status == 413:
+        return too_large(error.detail).response()
+    if status == 400 and "parsing the body" in str(error.detail):
+        # What json.loads refuses without a position: text that is not UTF-8, numbers of thousands of digits, depth.
+        return Problem(
+            422, "The request is not valid", "The body is not JSON that can be read: check its encoding.", field="body"
+        ).response()
+    return Problem(status, detail=str(error.detail), headers=headers).response()
+
+
+async def _database(request: Request, error: Exception) -> Response:
+    if is_outage(error):
+        await log.awarning("database unavailable", path=request.url.path, error=type(error).__name__)
+        return unavailable().response()
+    return await _unexpected(request, error)
+
+
+async def _unexpected(request: Request, error: Exception) -> Response:
+    await log.aerror("unexpected error", path=request.url.path, method=request.method, exc_info=error)
+    return unexpected()
