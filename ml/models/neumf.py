@@ -1,0 +1,108 @@
+"""NeuMF: a generalised matrix factorisation and a multi-layer perceptron, fused."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ml.models.ranking_model import RankingModel, embedding, pair_scores
+
+# Scores held at once while the tower ranks the catalogue: about what stays in a core's cache, or fills a GPU.
+CPU_BLOCK = 4096
+GPU_BLOCK = 1 << 22
+
+
+@dataclass(frozen=True)
+class NeuMFConfig:
+    """Sizes of NeuMF: `factors` of the factorisation, `tower_factors` of each embedding under the tower of `hidden`."""
+
+    factors: int = 64
+    tower_factors: int = 32
+    hidden: tuple[int, ...] = (64, 32)
+    dropout: float = 0.0
+    item_bias: bool = True
+    initial_scale: float = 0.01
+
+
+class NeuMF(RankingModel):
+    """The score is h . [p_u * q_i, tower([u_u, v_i])] + b_i.
+
+    Source: He et al. 2017, with a raw score in place of the sigmoid of equation 12, as pairwise losses need. The
+    weights h over the factorisation start at one, so that it starts as plain matrix factorisation.
+    """
+
+    user_tables: ClassVar[tuple[str, ...]] = ("user_factors.weight", "user_tower.weight")
+    item_tables: ClassVar[tuple[str, ...]] = ("item_factors.weight", "item_tower.weight", "item_bias.weight")
+
+    def __init__(self, num_users: int, num_items: int, config: NeuMFConfig) -> None:
+        super().__init__(num_users, num_items, config)
+        if not config.hidden:
+            raise ValueError("NeuMF needs at least one hidden width, for example hidden=64,32")
+        scale, tower = config.initial_scale, config.tower_factors
+        self.user_factors = embedding(num_users, config.factors, scale)
+        self.item_factors = embedding(num_items, config.factors, scale)
+        self.user_tower = embedding(num_users, tower, scale)
+        self.item_tower = embedding(num_items, tower, scale)
+        self.item_bias = embedding(num_items, 1, 0.0) if config.item_bias else None
+        # The first layer, W [u, v] + b, is kept as its two halves: an item's half serves every user.
+        self.user_layer = nn.Linear(tower, config.hidden[0])
+        self.item_layer = nn.Linear(tower, config.hidden[0], bias=False)
+        self.deeper_layers = nn.ModuleList(nn.Linear(inner, outer) for inner, outer in pairwise(config.hidden))
+        self.dropout = nn.Dropout(config.dropout)
+        self.factor_weights = nn.Parameter(torch.ones(config.factors))
+        self.tower_weights = nn.Parameter(torch.empty(config.hidden[-1]))
+        for layer in (self.user_layer, self.item_layer, *self.deeper_layers):
+            nn.init.xavier_uniform_(layer.weight)
+        nn.init.normal_(self.tower_weights, std=config.hidden[-1] ** -0.5)
+        nn.init.zeros_(self.user_layer.bias)
+        self._item_share: Tensor | None = None
+
+    def encode(self, users: Tensor, windows: Tensor) -> Tensor:  # noqa: ARG002
+        """The user's weighted factors beside their share of the tower's first layer."""
+        factors = self.user_factors(users) * self.factor_weights
+        return torch.cat((factors, self.user_layer(self.user_tower(users))), 1)
+
+    def score(self, encoded: Tensor, items: Tensor) -> Tensor:
+        width = len(self.factor_weights)
+        factors, user_share = encoded[:, :width], encoded[:, width:]
+        scores = pair_scores(factors, self.item_factors(items))
+        scores = scores + self._tower(user_share, self.item_layer(self.item_tower(items)))
+        return scores if self.item_bias is None else scores + self.item_bias(items).squeeze(-1)
+
+    def _tower(self, user_share: Tensor, item_share: Tensor) -> Tensor:
+        """The tower's part of the score, (batch, n), from the two shares of the first layer's sums."""
+        hidden: Tensor = self.dropout(functional.relu(user_share.unsqueeze(1) + item_share))
+        for layer in self.deeper_layers:
+            hidden = self.dropout(functional.relu(layer(hidden)))
+        return hidden @ self.tower_weights
+
+    def score_catalogue(self, users: Tensor, windows: Tensor) -> Tensor:
+        if self.training or torch.is_grad_enabled():
+            return super().score_catalogue(users, windows)
+        if self._item_share is None or self._item_share.device != users.device:
+            # The items' share of the first layer is the same for every user: computed once, until weights may change.
+            self._item_share = self.item_layer(self.item_tower.weight)
+        width, encoded = len(self.factor_weights), self.encode(users, windows)
+        factors, user_share = encoded[:, :width], encoded[:, width:]
+        scores = factors @ self.item_factors.weight.T
+        if self.item_bias is not None:
+            scores += self.item_bias.weight.T
+        block = CPU_BLOCK if scores.device.type == "cpu" else GPU_BLOCK
+        wide = min(self.num_items, block)
+        for first in range(0, self.num_items, wide):
+            item_share = self._item_share[first : first + wide]
+            for row in range(0, len(users), step := max(1, block // wide)):
+                rows = slice(row, row + step)
+                scores[rows, first : first + wide] += self._tower(user_share[rows], item_share)
+        return scores
+
+    # Also reached by eval().
+    def train(self, mode: bool = True) -> NeuMF:
+        self._item_share = None
+        super().train(mode)
+        return self

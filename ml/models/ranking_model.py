@@ -1,0 +1,81 @@
+"""What every model is: scores for users, their latest items, and items to rank."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+
+class RankingModel(nn.Module):
+    """A model that scores items for users; higher ranks first, and scores are raw (no sigmoid).
+
+    Shapes, everywhere: `users` (batch,) user indices; `windows` (batch, window_length) the latest items, oldest first,
+    short ones padded in front with `num_items`; `items` (batch, n), or (n,) for the same items for the whole batch.
+    Models whose `window_length` is 0 ignore `windows`.
+    """
+
+    # A model that folds in ranks a user it has never seen (user index -1) from their history alone.
+    folds_in: ClassVar[bool] = False
+    # Parameters with one row a user and one row an item, for warm starts on more users and items.
+    user_tables: ClassVar[tuple[str, ...]] = ()
+    item_tables: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, num_users: int, num_items: int, config: Any, *, window_length: int = 0) -> None:
+        super().__init__()
+        if num_users < 1 or num_items < 1:
+            raise ValueError(f"a model needs at least one user and one item, not {num_users} and {num_items}")
+        self.num_users = num_users
+        self.num_items = num_items
+        self.config = config
+        self.window_length = window_length
+
+    def forward(self, users: Tensor, windows: Tensor, items: Tensor) -> Tensor:
+        """Score items for users: (batch, n) raw scores."""
+        return self.score(self.encode(users, windows), items)
+
+    def encode(self, users: Tensor, windows: Tensor) -> Tensor:
+        """What the model knows of each user, (batch, d), to score any items with."""
+        raise NotImplementedError
+
+    def score(self, encoded: Tensor, items: Tensor) -> Tensor:
+        """Score items for encoded users: (batch, n)."""
+        raise NotImplementedError
+
+    def score_catalogue(self, users: Tensor, windows: Tensor) -> Tensor:
+        """Score every item: (batch, num_items) raw scores."""
+        return self.forward(users, windows, torch.arange(self.num_items, device=users.device))
+
+    def vectors(self, users: Tensor, windows: Tensor, items: Tensor) -> tuple[Tensor, Tensor]:  # noqa: ARG002
+        """What the scores compare: user vectors (batch, d) and item vectors (batch, n, d), or (n, d) if shared."""
+        raise ValueError(
+            f"{type(self).__name__} scores pairs with a network and has no user and item vectors: the triplet loss "
+            "needs caser or matrix_factorization"
+        )
+
+
+def embedding(rows: int, width: int, scale: float, *, padded: bool = False) -> nn.Embedding:
+    """A table with small normal rows whose gradient holds only the rows that were read; a last row of zeros if padded.
+
+    The padding row never gets a gradient, so it stays zero.
+    """
+    table = nn.Embedding(rows + padded, width, padding_idx=rows if padded else None, sparse=True)
+    with torch.no_grad():
+        table.weight.normal_(std=scale)
+        if padded:
+            table.weight[rows].zero_()
+    return table
+
+
+def pair_scores(user_vectors: Tensor, item_vectors: Tensor) -> Tensor:
+    """Inner products of (batch, d) with (n, d) or (batch, n, d): (batch, n)."""
+    if item_vectors.dim() == 2:
+        return user_vectors @ item_vectors.T
+    return torch.bmm(item_vectors, user_vectors.unsqueeze(2)).flatten(1)
+
+
+def negative_distances(user_vectors: Tensor, item_vectors: Tensor) -> Tensor:
+    """Minus the squared distances of (batch, d) to (n, d) or (batch, n, d): (batch, n)."""
+    squares = user_vectors.square().sum(1, keepdim=True) + item_vectors.square().sum(-1)
+    return 2 * pair_scores(user_vectors, item_vectors) - squares

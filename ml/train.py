@@ -1,0 +1,386 @@
+"""The training loop, one for CPU and GPU."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ml.checkpoint import load_checkpoint, save_checkpoint
+from ml.interactions import Interactions
+from ml.losses import LOSSES, MARGIN_LOSSES
+from ml.models import CaserConfig, Popularity, RankingModel, build_model
+from ml.optimizer import RowAdam
+from ml.recipes import Recipe
+from ml.sampling import Negatives, NegativeSampler, choose_hard
+
+STOPPING_METRIC = "ndcg@10"
+# A GPU runs ahead of the loop; its loss is looked at this often, a CPU's at every step.
+GPU_LOOK_EVERY = 50
+SECONDS_BETWEEN_REPORTS = 0.5
+
+ValidationMetric = Callable[[RankingModel], dict[str, float]]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a training is; `validation` is filled once an epoch, when it has been validated.
+
+    `fraction` counts all epochs, so it jumps to 1 when training stops early.
+    """
+
+    epoch: int
+    epochs: int
+    fraction: float
+    loss: float
+    examples_per_second: float
+    seconds_left: float
+    validation: dict[str, float] | None = None
+    epoch_ended: bool = False
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """A trained model with the weights of its best epoch; `history` has one row an epoch."""
+
+    model: RankingModel
+    best_epoch: int
+    epochs_run: int
+    history: list[dict[str, float]]
+    seconds: float
+    examples_per_second: float
+
+
+class NotFiniteError(ValueError):
+    """The loss or a weight is no longer a number."""
+
+
+def train(
+    recipe: Recipe,
+    interactions: Interactions,
+    validation_metric: ValidationMetric | None = None,
+    *,
+    device: str | torch.device = "cpu",
+    seed: int = 0,
+    checkpoint: Path | None = None,
+    on_progress: Callable[[Progress], None] | None = None,
+    epochs: int | None = None,
+    initial: RankingModel | None = None,
+) -> TrainResult:
+    """Train a recipe on interactions, and keep the weights of the epoch with the best validation nDCG@10.
+
+    Without `validation_metric` it trains for all epochs and keeps the last weights. `epochs` replaces the recipe's.
+    `initial` gives the weights to start from. With `checkpoint`, the state is saved there after every epoch, and a
+    training that finds its own state there goes on from it: on a CPU the result is the same to the last digit. A
+    callback may raise to stop the training.
+    """
+    device = torch.device(device)
+    if len(interactions) == 0:
+        raise ValueError("there is nothing to train on: no interactions")
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices):  # dropout and initial weights draw from torch's own generator
+        torch.manual_seed(seed)
+        model = build_model(recipe.model, interactions.num_users, interactions.num_items, recipe.config)
+        if initial is not None:
+            model.load_state_dict(initial.state_dict())
+        model.to(device)
+        if isinstance(model, Popularity):
+            return _count(model, interactions, validation_metric, on_progress)
+        epochs = recipe.epochs if epochs is None else epochs
+        loop = _Loop(recipe, model, interactions, device, seed, epochs, on_progress)
+        fingerprint = "" if checkpoint is None else _fingerprint(recipe, interactions, seed, epochs, device, initial)
+        if checkpoint is not None and (state := load_checkpoint(checkpoint, fingerprint)) is not None:
+            loop.restore(state)
+        while loop.epoch < epochs and not loop.stopped:
+            loop.run_epoch()
+            loop.validate(validation_metric)
+            if checkpoint is not None:
+                save_checkpoint(checkpoint, fingerprint, loop.state())
+        return loop.result()
+
+
+@dataclass
+class _Loop:
+    """A training between two epochs: what a checkpoint holds, and the step."""
+
+    recipe: Recipe
+    model: RankingModel
+    interactions: Interactions
+    device: torch.device
+    seed: int
+    epochs: int
+    on_progress: Callable[[Progress], None] | None
+    epoch: int = 0
+    best_epoch: int = 0
+    best_score: float = -math.inf
+    best_weights: dict[str, Tensor] | None = None
+    history: list[dict[str, float]] = field(default_factory=list)
+    stopped: bool = False
+    train_seconds: float = 0.0
+    validation_seconds: float = 0.0
+
+    def __post_init__(self) -> None:
+        recipe, data = self.recipe, self.interactions
+        self.examples = Examples(data, self.device)
+        distribution: Literal["uniform", "popularity"] = "popularity" if recipe.sampling == "popularity" else "uniform"
+        self.sampler = NegativeSampler(
+            self.examples.users,
+            self.examples.items,
+            data.num_users,
+            data.num_items,
+            distribution=distribution,
+            popularity_power=recipe.popularity_power,
+        )
+        self.optimizer = RowAdam(self.model.parameters(), recipe.learning_rate, l2=recipe.l2)
+        self.generator = torch.Generator(self.device).manual_seed(self.seed)
+        self.is_hard = recipe.sampling in ("hard", "semi_hard")
+        self.hidden_share = recipe.config.unknown_user_share if isinstance(recipe.config, CaserConfig) else 0.0
+        if recipe.loss in MARGIN_LOSSES:
+            self.loss_function = partial(MARGIN_LOSSES[recipe.loss], margin=recipe.margin)
+        else:
+            self.loss_function = partial(LOSSES[recipe.loss])
+
+    def run_epoch(self) -> None:
+        """Show the model every example once, in a new order."""
+        self.model.train()
+        number, size = len(self.examples), self.recipe.batch_size
+        order = torch.randperm(number, generator=self.generator, device=self.device)
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        steps = -(-number // size)
+        started = reported = time.perf_counter()
+        for step in range(steps):
+            loss = self._step(order[step * size : (step + 1) * size])
+            total += loss
+            if self.device.type == "cpu" or step % GPU_LOOK_EVERY == GPU_LOOK_EVERY - 1 or step == steps - 1:
+                value = float(loss)
+                if not math.isfinite(value):
+                    raise self._not_finite("loss", step + 1)
+                now = time.perf_counter()
+                if self.on_progress is not None and now - reported >= SECONDS_BETWEEN_REPORTS:
+                    reported = now
+                    self._report(min(number, (step + 1) * size), now - started, value)
+        if not all(bool(parameter.isfinite().all()) for parameter in self.model.parameters()):
+            raise self._not_finite("weights", steps)
+        self.epoch += 1
+        seconds = time.perf_counter() - started
+        self.train_seconds += seconds
+        self.history.append({"epoch": self.epoch, "loss": float(total) / steps, "seconds": seconds})
+
+    def _step(self, positions: Tensor) -> Tensor:
+        """Learn from the examples at these positions; returns their loss."""
+        recipe, examples = self.recipe, self.examples
+        users = examples.users[positions]
+        windows = examples.windows(positions, self.model.window_length)
+        targets, is_target = examples.targets(positions, recipe.targets)
+        weight = examples.weight(positions)
+        number = recipe.pool if self.is_hard else recipe.negatives
+        draw = self.sampler.sample_shared if recipe.shared_negatives else self.sampler.sample
+        negatives = draw(users, number, self.generator)
+        if self.hidden_share:
+            hidden = torch.rand(len(users), generator=self.generator, device=self.device) < self.hidden_share
+            users = torch.where(hidden, self.model.num_users, users)
+
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+            encoded = self.model.encode(users, windows)
+            positive = self.model.score(encoded, targets)
+            negative = self.model.score(encoded, negatives.items)
+        positive, negative, valid = positive.float(), negative.float(), negatives.valid
+        if self.is_hard:
+            negative, valid = self._hardest(positive, negative, negatives)
+        # Each target is an example of its own, against the same samples.
+        weight = is_target.float() if weight is None else weight * is_target
+        loss: Tensor = self.loss_function(
+            positive.unsqueeze(2), negative.unsqueeze(1), valid.unsqueeze(1), weight.unsqueeze(2)
+        )
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        self.optimizer.step()
+        return loss.detach()
+
+    def _hardest(self, positive: Tensor, negative: Tensor, negatives: Negatives) -> tuple[Tensor, Tensor]:
+        below = positive.detach()[:, :1] if self.recipe.sampling == "semi_hard" else None
+        chosen = choose_hard(negative.detach(), negatives, self.recipe.negatives, below)
+        return negative.gather(1, chosen), negatives.valid.gather(1, chosen)
+
+    def validate(self, validation_metric: ValidationMetric | None) -> None:
+        """Score the epoch, keep its weights if they are the best, and decide whether to go on."""
+        metrics: dict[str, float] = {}
+        if validation_metric is None:
+            self.best_epoch = self.epoch
+        else:
+            started = time.perf_counter()
+            self.model.eval()
+            with torch.no_grad():
+                metrics = validation_metric(self.model)
+            self.validation_seconds += time.perf_counter() - started
+            self.history[-1].update(metrics)
+            if (score := metrics[STOPPING_METRIC]) > self.best_score:
+                self.best_score, self.best_epoch = score, self.epoch
+                self.best_weights = {name: value.clone() for name, value in self.model.state_dict().items()}
+            self.stopped = self.epoch - self.best_epoch >= self.recipe.patience
+        if self.on_progress is not None:
+            self._report(0, 0.0, self.history[-1]["loss"], metrics or None, epoch_ended=True)
+
+    def _report(
+        self,
+        done: int,
+        seconds: float,
+        loss: float,
+        validation: dict[str, float] | None = None,
+        *,
+        epoch_ended: bool = False,
+    ) -> None:
+        assert self.on_progress is not None
+        number = len(self.examples)
+        all_done = self.epoch * number + done
+        seconds += self.train_seconds
+        rate = all_done / max(seconds, 1e-9)
+        left = (self.epochs * number - all_done) / max(rate, 1e-9)
+        left += self.validation_seconds / max(self.epoch, 1) * (self.epochs - self.epoch)
+        ended = epoch_ended and (self.stopped or self.epoch == self.epochs)
+        self.on_progress(
+            Progress(
+                epoch=self.epoch if epoch_ended else self.epoch + 1,
+                epochs=self.epochs,
+                fraction=1.0 if ended else all_done / (self.epochs * number),
+                loss=loss,
+                examples_per_second=rate,
+                seconds_left=0.0 if ended else left,
+                validation=validation,
+                epoch_ended=epoch_ended,
+            )
+        )
+
+    def _not_finite(self, what: str, step: int) -> NotFiniteError:
+        kind = "is" if what == "loss" else "are"
+        return NotFiniteError(
+            f"the {what} {kind} not finite at epoch {self.epoch + 1}, step {step}, with learning rate "
+            f"{self.recipe.learning_rate:g}: try a smaller learning_rate"
+        )
+
+    def state(self) -> dict[str, Any]:
+        """Everything that the rest of the training depends on."""
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "generator": self.generator.get_state(),
+            "torch_generator": torch.get_rng_state(),
+            "cuda_generator": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
+            "best_weights": self.best_weights,
+            "numbers": {
+                "epoch": self.epoch,
+                "best_epoch": self.best_epoch,
+                "best_score": self.best_score,
+                "stopped": self.stopped,
+                "train_seconds": self.train_seconds,
+                "validation_seconds": self.validation_seconds,
+            },
+            "history": self.history,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go back to what `state` returned."""
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.generator.set_state(state["generator"])
+        torch.set_rng_state(state["torch_generator"])
+        if state["cuda_generator"] is not None:
+            torch.cuda.set_rng_state(state["cuda_generator"], self.device)
+        best = state["best_weights"]
+        self.best_weights = None if best is None else {name: value.to(self.device) for name, value in best.items()}
+        numbers = state["numbers"]
+        self.epoch, self.best_epoch = numbers["epoch"], numbers["best_epoch"]
+        self.best_score, self.stopped = numbers["best_score"], numbers["stopped"]
+        self.train_seconds, self.validation_seconds = numbers["train_seconds"], numbers["validation_seconds"]
+        self.history = list(state["history"])
+
+    def result(self) -> TrainResult:
+        """The model with its best weights, ready to score."""
+        if self.best_weights is not None:
+            self.model.load_state_dict(self.best_weights)
+        self.model.eval()
+        return TrainResult(
+            model=self.model,
+            best_epoch=self.best_epoch,
+            epochs_run=self.epoch,
+            history=self.history,
+            seconds=self.train_seconds + self.validation_seconds,
+            examples_per_second=self.epoch * len(self.examples) / max(self.train_seconds, 1e-9),
+        )
+
+
+class Examples:
+    """Interactions on the training device: every row is an example, with the rows before it as its window."""
+
+    def __init__(self, interactions: Interactions, device: torch.device) -> None:
+        self.num_items = interactions.num_items
+        self.users = torch.as_tensor(interactions.user_index, dtype=torch.int64, device=device)
+        self.items = torch.as_tensor(interactions.item_index, dtype=torch.int64, device=device)
+        self.offsets = torch.as_tensor(interactions.offsets, dtype=torch.int64, device=device)
+        weights = interactions.weight
+        self.weights = None if weights is None else torch.as_tensor(weights, dtype=torch.float32, device=device)
+
+    def __len__(self) -> int:
+        return len(self.users)
+
+    def windows(self, positions: Tensor, length: int) -> Tensor:
+        """The items before each position, (batch, length), oldest first, padded in front with num_items."""
+        if length == 0:
+            return positions.new_empty(len(positions), 0)
+        rows = positions.unsqueeze(1) + torch.arange(-length, 0, device=positions.device)
+        first = self.offsets[self.users[positions]].unsqueeze(1)
+        return torch.where(rows >= first, self.items[rows.clamp(min=0)], self.num_items)
+
+    def targets(self, positions: Tensor, number: int) -> tuple[Tensor, Tensor]:
+        """The items from each position on, (batch, number), and which of them are there."""
+        rows = positions.unsqueeze(1) + torch.arange(number, device=positions.device)
+        end = self.offsets[self.users[positions] + 1].unsqueeze(1)
+        return self.items[rows.clamp(max=len(self.items) - 1)], rows < end
+
+    def weight(self, positions: Tensor) -> Tensor | None:
+        """The weights of the examples, (batch, 1), or None where all weigh the same."""
+        return None if self.weights is None else self.weights[positions].unsqueeze(1)
+
+
+def _count(
+    model: Popularity,
+    interactions: Interactions,
+    validation_metric: ValidationMetric | None,
+    on_progress: Callable[[Progress], None] | None,
+) -> TrainResult:
+    """Popularity is counted, not trained."""
+    started = time.perf_counter()
+    model.count(torch.as_tensor(interactions.item_index, dtype=torch.int64, device=model.counts.device))
+    model.eval()
+    with torch.no_grad():
+        metrics = {} if validation_metric is None else validation_metric(model)
+    seconds = time.perf_counter() - started
+    rate = len(interactions) / max(seconds, 1e-9)
+    if on_progress is not None:
+        on_progress(Progress(1, 1, 1.0, 0.0, rate, 0.0, metrics or None, epoch_ended=True))
+    return TrainResult(model, 1, 1, [{"epoch": 1, "loss": 0.0, "seconds": seconds, **metrics}], seconds, rate)
+
+
+def _fingerprint(
+    recipe: Recipe, data: Interactions, seed: int, epochs: int, device: torch.device, initial: RankingModel | None
+) -> str:
+    """Name a training by all that its result depends on."""
+    digest = hashlib.sha256()
+    sizes = [data.num_users, data.num_items, seed, epochs, device.type, torch.__version__]
+    digest.update(json.dumps([recipe.as_dict(), sizes], sort_keys=True).encode())
+    for array in (data.user_index, data.item_index, data.weight):
+        if array is not None:
+            digest.update(array.tobytes())
+    if initial is not None:
+        for value in initial.state_dict().values():
+            digest.update(value.cpu().numpy().tobytes())
+    return digest.hexdigest()
