@@ -128,7 +128,7 @@ def evaluate(
 ) -> None:
     """Evaluate a published version on the test part of a data set or snapshot, beside popularity."""
     with plain_errors():
-        from ml.experiment import evaluate_command
+        from ml.versions import evaluate_command
 
         evaluate_command(
             version=version, store_url=store, data=data, snapshot_hash=snapshot, format=format, split=split,
@@ -140,7 +140,7 @@ def evaluate(
 def versions(store: StoreUrl, as_json: Json = False) -> None:
     """List the versions in a store, damaged ones with the reason."""
     with plain_errors():
-        from ml.registry import list_command
+        from ml.versions import list_command
 
         list_command(store, as_json=as_json)
 

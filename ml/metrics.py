@@ -48,7 +48,7 @@ def per_user(ranks: Ranks, cutoffs: Sequence[int]) -> dict[str, Floats]:
     depth = np.where(found, rank, 0) + 1.0
 
     def total(values: Floats | npt.NDArray[np.bool_]) -> Floats:
-        return np.bincount(user, values.astype(np.float64), minlength=size)
+        return np.bincount(user, values.astype(np.float64), minlength=size).astype(np.float64, copy=False)
 
     metrics: dict[str, Floats] = {}
     gains = np.where(found, 1 / np.log2(depth + 1), 0)
@@ -89,3 +89,14 @@ def confidence_intervals(
         means[row] = np.bincount(generator.integers(0, size, size), minlength=size) @ matrix / size
     edges = np.quantile(means, [(1 - level) / 2, (1 + level) / 2], axis=0)
     return {name: (float(edges[0, column]), float(edges[1, column])) for column, name in enumerate(names)}
+
+
+def mean_and_std(runs: Sequence[dict[str, float]]) -> dict[str, dict[str, float]]:
+    """Summarise the same metrics over several runs: mean and sample standard deviation (0 for one run)."""
+    return {
+        name: {
+            "mean": float(np.mean([run[name] for run in runs])),
+            "std": float(np.std([run[name] for run in runs], ddof=1)) if len(runs) > 1 else 0.0,
+        }
+        for name in runs[0]
+    }

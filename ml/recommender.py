@@ -1,6 +1,7 @@
 """A model with its id maps: the one object that ranks, in evaluation and in the service alike."""
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -87,9 +88,7 @@ class Recommender:
         self.model = model.eval()
         self.users = users
         self.items = items
-        tensor = next(model.parameters(), None)
-        if tensor is None:
-            tensor = next(model.buffers(), None)
+        tensor = next(chain[Tensor](model.parameters(), model.buffers()), None)
         self.device = torch.device("cpu") if tensor is None else tensor.device
 
     @property

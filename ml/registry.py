@@ -143,7 +143,7 @@ class Registry:
         if version is None:
             version = f"{now:%Y%m%dT%H%M%SZ}-{recipe.get('name', model)}-{secrets.token_hex(4)}"
         check_version(version)
-        if self.store.exists(_manifest_name(version)):
+        if self.exists(version):
             raise VersionExists(f"version {version} exists already, and versions never change: choose another name")
         weights = {name: tensor.detach().cpu().contiguous() for name, tensor in recommender.model.state_dict().items()}
         for name, tensor in weights.items():
@@ -182,6 +182,10 @@ class Registry:
         if not self.store.put_if_absent(_manifest_name(version), manifest.to_bytes()):
             raise VersionExists(f"version {version} was published by somebody else meanwhile: choose another name")
         return manifest
+
+    def exists(self, version: str) -> bool:
+        """Tell whether a version of this name is published, sound or not."""
+        return self.store.exists(_manifest_name(check_version(version)))
 
     def names(self) -> list[str]:
         """List the names of all published versions, damaged ones too, sorted."""

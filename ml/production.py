@@ -1,0 +1,365 @@
+"""A production training: evaluated in time beside popularity, refitted on everything, published.
+
+It goes through the phases load, fit, evaluate, refit and publish. With a checkpoint folder, one that was killed goes
+on where it was when it is started again with the same arguments.
+"""
+
+import hashlib
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import typer
+
+from ml import progress
+from ml.evaluate import popularity_of
+from ml.experiment import TEST, VALIDATION, SplitEvaluator, chosen_device, chosen_recipe, counts_of
+from ml.interactions import Interactions
+from ml.models import RankingModel, build_model, grown_from
+from ml.recipes import Recipe
+from ml.recommender import Recommender
+from ml.registry import Manifest, Registry, VersionDamaged, code_version
+from ml.split import Split, check_no_leak, leave_one_out
+from ml.store import open_store
+from ml.train import Progress, train
+from ml.versions import compared, interactions_of, microseconds, rfc3339
+
+# With fewer users to evaluate on than this, what came after the parent version says too little.
+FEWEST_NEW_USERS = 20
+
+
+class Reporter:
+    """Tells whoever started the training how it goes: JSON lines on standard output, or text for people."""
+
+    def __init__(self, *, as_json: bool) -> None:
+        self.as_json = as_json
+
+    def emit(self, kind: str, text: str, **values: Any) -> None:
+        """Write one line at once."""
+        if self.as_json:
+            typer.echo(json.dumps({"kind": kind, **values}, allow_nan=False))
+            sys.stdout.flush()
+        else:
+            typer.echo(text, err=kind != "published")
+
+    def phase(self, name: str, **values: Any) -> None:
+        """Say which phase starts."""
+        self.emit("phase", f"{name} …", phase=name, **values)
+
+    def training(self, phase: str) -> Any:
+        """Show a training while a block runs; yields the callback for its progress."""
+        return nullcontext(lambda step: self._step(phase, step)) if self.as_json else progress.shown(phase)
+
+    def _step(self, phase: str, step: Progress) -> None:
+        self.emit("epoch" if step.epoch_ended else "progress", "", phase=phase, **progress.as_json(step))
+
+
+@dataclass(frozen=True)
+class Training:
+    """What to train, from what, and under which name to publish it."""
+
+    snapshot: str
+    recipe: Recipe
+    version: str | None = None
+    run_id: str | None = None
+    run_epoch: int | None = None
+    warm_start: str | None = None
+    compare: str | None = None
+    seed: int = 0
+    device: str = "cpu"
+
+    def identity(self) -> str:
+        """Name everything that the work on disk depends on; not the run's epoch, which grows when it is taken up."""
+        parts = {**self.__dict__, "recipe": self.recipe.as_dict(), "run_epoch": None, "code": code_version()}
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+class Workspace:
+    """The folder in which a training leaves what it has done; nothing is kept without one."""
+
+    def __init__(self, folder: Path | None, identity: str) -> None:
+        self._folder = folder
+        self._identity = identity
+        self._finished: dict[str, Any] = {"identity": identity}
+        if folder is None:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            found = json.loads((folder / "finished.json").read_bytes())
+        except (FileNotFoundError, ValueError):
+            found = None
+        if isinstance(found, dict) and found.get("identity") == identity:
+            self._finished = found
+        else:
+            self.remove_checkpoints()  # of another training
+            self._save()
+
+    def checkpoint(self, phase: str) -> Path | None:
+        """Return where a phase keeps its state."""
+        return None if self._folder is None else self._folder / f"{phase}.checkpoint"
+
+    def finished(self, phase: str) -> dict[str, Any] | None:
+        """Return what a phase gave if it is over."""
+        found: dict[str, Any] | None = self._finished.get(phase)
+        return found
+
+    def finish(self, phase: str, outcome: dict[str, Any]) -> None:
+        """Remember what a phase gave."""
+        self._finished[phase] = outcome
+        self._save()
+
+    def remove_checkpoints(self) -> None:
+        """Remove the state of phases; it is as large as the model, several times."""
+        for phase in ("fit", "refit"):
+            path = self.checkpoint(phase)
+            if path is not None:
+                path.unlink(missing_ok=True)
+
+    def _save(self) -> None:
+        if self._folder is None:
+            return
+        temporary = self._folder / "finished.json.temporary"
+        with temporary.open("wb") as file:
+            file.write(json.dumps(self._finished, allow_nan=False).encode())
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(self._folder / "finished.json")
+
+
+def produce(training: Training, store_url: str, checkpoint_dir: Path | None, report: Reporter) -> Manifest:
+    """Do all phases that are not done yet and return the manifest of the published version.
+
+    ValueError for data that is too little, a snapshot or version that is damaged, or a training that diverges.
+    """
+    store = open_store(store_url)
+    registry = Registry(store, None if checkpoint_dir is None else checkpoint_dir / "versions")
+    if (already := _published(registry, training)) is not None:
+        return _report_published(already, report)
+    workspace = Workspace(checkpoint_dir, training.identity())
+    report.phase("load")
+    interactions = interactions_of(store, training.snapshot)
+    _check_enough(interactions)
+    parent = None if training.warm_start is None else registry.load(training.warm_start)
+    evaluated = workspace.finished("evaluate")
+    if evaluated is None:
+        evaluated = _fit_and_evaluate(training, interactions, parent, registry, workspace, report)
+        workspace.finish("evaluate", evaluated)
+    metrics = evaluated["metrics"]
+    report.emit(
+        "evaluated",
+        f"test ndcg@10 {metrics[TEST]['ndcg@10']:.4f}, popularity {metrics['popularity']['ndcg@10']:.4f}",
+        validation=metrics[VALIDATION],
+        test=metrics[TEST],
+        popularity=metrics["popularity"],
+        compared=metrics["compared"],
+        evaluated_on=metrics["evaluated_on"],
+        epochs=evaluated["epochs"],
+    )
+
+    report.phase("refit", epochs=evaluated["epochs"])
+    with report.training("refit") as on_progress:
+        result = train(
+            training.recipe,
+            interactions,
+            None,
+            device=training.device,
+            seed=training.seed,
+            checkpoint=workspace.checkpoint("refit"),
+            on_progress=on_progress,
+            epochs=evaluated["epochs"],
+            initial=None if parent is None else _grown(training, interactions, *parent),
+        )
+    report.phase("publish")
+    manifest = registry.publish(
+        Recommender(result.model, interactions.users, interactions.items),
+        recipe=training.recipe.as_dict(),
+        version=training.version,
+        snapshot=training.snapshot,
+        metrics=metrics,
+        trained_through=rfc3339(int(interactions.time.max())),
+        refit=True,
+        parent_version=training.warm_start,
+        run_id=training.run_id,
+        run_epoch=training.run_epoch,
+    )
+    workspace.remove_checkpoints()
+    return _report_published(manifest, report)
+
+
+def _fit_and_evaluate(
+    training: Training,
+    interactions: Interactions,
+    parent: tuple[Recommender, Manifest] | None,
+    registry: Registry,
+    workspace: Workspace,
+    report: Reporter,
+) -> dict[str, Any]:
+    """Train on all but the hold-out, stop early by validation, and rank the test once."""
+    started = time.perf_counter()
+    split, initial = leave_one_out(interactions), None
+    if parent is not None and parent[1].trained_through is not None:
+        # The parent was trained on what came before, so only what came after is a test for its heirs.
+        newer = leave_one_out(interactions, after=microseconds(parent[1].trained_through))
+        if min(len(newer.validation), len(newer.test)) >= FEWEST_NEW_USERS:
+            split, initial = newer, _grown(training, interactions, *parent)
+    check_no_leak(split, interactions)
+    report.phase("fit", warm=initial is not None)
+    evaluator = SplitEvaluator(split, seed=training.seed)
+    with report.training("fit") as on_progress:
+        result = train(
+            training.recipe,
+            split.train,
+            evaluator.stopping_metric if VALIDATION in evaluator.parts else None,
+            device=training.device,
+            seed=training.seed,
+            checkpoint=workspace.checkpoint("fit"),
+            on_progress=on_progress,
+            initial=initial,
+        )
+    report.phase("evaluate")
+    recommender = Recommender(result.model, interactions.users, interactions.items)
+    popular = popularity_of(split.train)
+    found = {part: evaluator.evaluate(recommender, part) for part in evaluator.parts}
+    return {
+        "epochs": max(result.best_epoch, 1),
+        "metrics": {
+            VALIDATION: found[VALIDATION].metrics if VALIDATION in found else {},
+            TEST: found[TEST].metrics,
+            "popularity": evaluator.evaluate(popular, TEST).metrics,
+            "intervals": found[TEST].intervals(),
+            "compared": _compare(training, split, recommender, registry, report),
+            "evaluated_on": {
+                "snapshot": training.snapshot,
+                "split": split.name,
+                "from": rfc3339(int(split.test.time.min())),
+                "through": rfc3339(int(split.test.time.max())),
+                "interactions": len(split.test),
+                "warm": initial is not None,
+                **counts_of(found[TEST]),
+            },
+            "epochs_run": result.epochs_run,
+            "examples_per_second": result.examples_per_second,
+            "seconds": time.perf_counter() - started,
+        },
+    }
+
+
+def _compare(
+    training: Training, split: Split, recommender: Recommender, registry: Registry, report: Reporter
+) -> dict[str, Any] | None:
+    if training.compare is None:
+        return None
+    try:
+        other, manifest = registry.load(training.compare)
+    except VersionDamaged as error:
+        # A version that went bad must not keep a better one from coming.
+        report.emit("note", f"not compared: {error}", message=f"not compared: {error}")
+        return None
+    figures = compared(recommender, other, manifest.trained_through, split.history_for_test(), split.test)
+    return None if figures is None else {"version": training.compare, **figures}
+
+
+def _grown(training: Training, interactions: Interactions, parent: Recommender, manifest: Manifest) -> RankingModel:
+    """Start from the parent's weights: its rows for the users and items it knew, fresh rows for the others."""
+    recipe = training.recipe
+    with torch.random.fork_rng([]):
+        torch.manual_seed(training.seed)
+        fresh = build_model(recipe.model, interactions.num_users, interactions.num_items, recipe.config)
+    if type(parent.model) is not type(fresh) or parent.model.config != fresh.config:
+        raise ValueError(
+            f"{recipe.name} cannot start from version {manifest.version}, whose model is {manifest.model['name']} "
+            f"with {manifest.model['config']}: train without a warm start, or with the same model and settings"
+        )
+    user_rows = parent.users.indices(interactions.users.array)
+    item_rows = parent.items.indices(interactions.items.array)
+    return grown_from(parent.model, fresh, user_rows, item_rows)
+
+
+def _check_enough(interactions: Interactions) -> None:
+    if not len(interactions):
+        raise ValueError("the snapshot holds no interaction: post feedback or import events first")
+    if interactions.num_items < 2 or not (np.diff(interactions.offsets) >= 3).any():
+        raise ValueError(
+            f"there is too little to train and evaluate on: {len(interactions)} interactions of "
+            f"{interactions.num_users} users with {interactions.num_items} items. "
+            "At least two items and a user with three interactions are needed"
+        )
+
+
+def _published(registry: Registry, training: Training) -> Manifest | None:
+    """Return the manifest if this very training has published its version before."""
+    if training.version is None or not registry.exists(training.version):
+        return None
+    manifest = registry.manifest(training.version)
+    ours = manifest.snapshot == training.snapshot and manifest.run_id == training.run_id
+    if not ours or Recipe.from_dict(manifest.recipe) != training.recipe:
+        raise ValueError(f"version {training.version} exists already and is another training's: choose another name")
+    return manifest
+
+
+def _report_published(manifest: Manifest, report: Reporter) -> Manifest:
+    report.emit("published", manifest.version, version=manifest.version, metrics=manifest.metrics)
+    return manifest
+
+
+def exit_when_stdin_closes() -> None:
+    """End the process when whoever started it is gone, so that no orphan trains on."""
+
+    def watch() -> None:
+        while os.read(0, 1024):
+            pass
+        os._exit(3)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def run_command(
+    *,
+    snapshot_hash: str,
+    store_url: str,
+    recipe_name: str,
+    settings: Sequence[str],
+    version: str | None,
+    run_id: str | None,
+    run_epoch: int | None,
+    warm_start: str | None,
+    compare: str | None,
+    checkpoint_dir: Path | None,
+    seed: int,
+    device: str,
+    exit_with_stdin: bool,
+    as_json: bool,
+) -> int:
+    """The body of `ml train`: 0 when published, 2 for what a user can put right, 1 for anything else."""
+    if exit_with_stdin:
+        exit_when_stdin_closes()
+    report = Reporter(as_json=as_json)
+    try:
+        training = Training(
+            snapshot=snapshot_hash,
+            recipe=chosen_recipe(recipe_name, settings),
+            version=version,
+            run_id=run_id,
+            run_epoch=run_epoch,
+            warm_start=warm_start,
+            compare=compare,
+            seed=seed,
+            device=chosen_device(device),
+        )
+        produce(training, store_url, checkpoint_dir, report)
+    except (ValueError, OSError) as error:
+        report.emit("error", f"error: {error}", message=str(error))
+        return 2
+    except Exception as error:
+        report.emit("error", f"error: {error}", message=f"{type(error).__name__}: {error}")
+        raise
+    return 0

@@ -1,0 +1,185 @@
+"""Published versions: list them, and rank with them on data that they were not built from."""
+
+import json
+from datetime import datetime
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import typer
+from torch import Tensor
+
+from ml.evaluate import Ranker, evaluate, popularity_of
+from ml.experiment import TEST, SplitEvaluator, counts_of, metrics_table
+from ml.importers import load_interactions
+from ml.interactions import Interactions
+from ml.recommender import Indices, Recommender
+from ml.registry import Registry, VersionDamaged
+from ml.snapshots import read_parts, read_snapshot
+from ml.split import split_by_name
+from ml.store import Store, open_store
+
+_NEVER = float("-inf")
+
+
+class Translated:
+    """A recommender seen through the id maps of a data set; items that it does not know are never ranked."""
+
+    def __init__(self, recommender: Recommender, data: Interactions) -> None:
+        self._recommender = recommender
+        self._users = recommender.users.indices(data.users.array)
+        items = recommender.items.indices(data.items.array)
+        # Index num_items is the padding on both sides, and an unknown item counts as padding in a window.
+        self._items = np.append(np.where(items < 0, recommender.num_items, items), recommender.num_items)
+        self._columns = torch.from_numpy(np.maximum(items, 0)).to(recommender.device)
+        self._unknown = torch.from_numpy(items < 0).to(recommender.device)
+        self.num_items = data.num_items
+        self.window_length = recommender.window_length
+        self.folds_in = recommender.folds_in
+        self.device = recommender.device
+
+    @property
+    def known_users(self) -> npt.NDArray[np.bool_]:
+        """Which users of the data the recommender was trained on, (num_users,)."""
+        known: npt.NDArray[np.bool_] = self._users >= 0
+        return known
+
+    def scores(self, user_index: npt.NDArray[np.int64], windows: Indices) -> Tensor:
+        """Score the data's items, as Recommender.scores does; minus infinity for unknown ones."""
+        theirs = self._items[windows]
+        # Unknown items leave gaps; padding belongs in front.
+        order = np.argsort(theirs != self._recommender.num_items, axis=1, kind="stable")
+        theirs = np.take_along_axis(theirs, order, axis=1)
+        users = np.where(user_index < 0, -1, self._users[user_index])
+        scores = self._recommender.scores(users, theirs)[:, self._columns]
+        return scores.masked_fill_(self._unknown, _NEVER)
+
+
+def unseen(interactions: Interactions, trained_through: str | None) -> Interactions:
+    """Keep what is later than the newest interaction a version was trained on."""
+    if trained_through is None:
+        return interactions
+    return interactions.select(interactions.time > microseconds(trained_through))
+
+
+def compared(
+    this: Ranker, other: Recommender, trained_through: str | None, history: Interactions, test: Interactions
+) -> dict[str, float] | None:
+    """Rank two models for what the other one has not seen, for users that it can rank for.
+
+    Returns the number of interactions and the nDCG@10 of both; None where nothing is left to compare on.
+    """
+    translated = Translated(other, history)
+    targets = unseen(test, trained_through)
+    if not translated.folds_in:
+        targets = targets.select(translated.known_users[targets.user_index])
+    try:
+        ours = evaluate(this, history, targets, cutoffs=(10,))
+        theirs = evaluate(translated, history, targets, cutoffs=(10,), known_users=translated.known_users)
+    except ValueError:
+        return None
+    return {"interactions": ours.targets, "this": ours.metrics["ndcg@10"], "that": theirs.metrics["ndcg@10"]}
+
+
+def evaluate_command(
+    *,
+    version: str,
+    store_url: str,
+    data: Path | None,
+    snapshot_hash: str | None,
+    format: str | None,  # noqa: A002
+    split: str | None,
+    negatives: int,
+    seed: int,
+    as_json: bool,
+) -> None:
+    """The body of `ml evaluate`."""
+    if (data is None) == (snapshot_hash is None):
+        raise ValueError("say what to evaluate on: either --data or --snapshot")
+    store = open_store(store_url)
+    recommender, manifest = Registry(store).load(version)
+    if data is not None:
+        interactions, labels = load_interactions(data, format=format)
+    else:
+        interactions, labels = interactions_of(store, str(snapshot_hash)), None
+    parts = split_by_name(split, interactions, labels, seed)
+    evaluator = SplitEvaluator(parts, negatives=negatives, seed=seed)
+    baseline = evaluator.evaluate(popularity_of(parts.train), TEST)
+    translated = Translated(recommender, interactions)
+    evaluator.known_users = translated.known_users
+    found = evaluator.evaluate(translated, TEST)
+    through = manifest.trained_through
+    not_seen = len(unseen(parts.test, through))
+    document = {
+        "version": version,
+        "split": parts.name,
+        TEST: found.metrics,
+        "intervals": {TEST: found.intervals()},
+        "popularity": {TEST: baseline.metrics},
+        "evaluated": {TEST: counts_of(found)},
+        "trained_through": through,
+        # Figures on what a version was trained on flatter it.
+        "test_not_seen_in_training": not_seen,
+    }
+    if not_seen < len(parts.test):
+        typer.echo(f"note: the version was trained on data up to {through}, which holds test interactions", err=True)
+    if as_json:
+        typer.echo(json.dumps(document, allow_nan=False))
+        return
+    from rich.console import Console
+
+    ranges = {name: f"{low:.4f} to {high:.4f}" for name, (low, high) in found.intervals().items()}
+    Console().print(metrics_table(f"{version}, {parts.name}", found.metrics, baseline.metrics, ranges))
+
+
+def list_command(store_url: str, *, as_json: bool) -> None:
+    """The body of `ml versions`."""
+    registry = Registry(open_store(store_url))
+    sound, damaged = [], []
+    for name in registry.names():
+        try:
+            sound.append(registry.manifest(name))
+        except VersionDamaged as error:
+            damaged.append({"version": name, "problem": str(error)})
+    sound.sort(key=lambda manifest: (manifest.created_at, manifest.version))
+    if as_json:
+        typer.echo(json.dumps({"versions": [manifest.as_json() for manifest in sound], "damaged": damaged}))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("version", "model", "created", "trained through", "test ndcg@10", "popularity", "parent")
+    for manifest in sound:
+        test, popularity = (manifest.metrics.get(part, {}).get("ndcg@10") for part in (TEST, "popularity"))
+        figures = ("" if value is None else f"{value:.4f}" for value in (test, popularity))
+        through = manifest.trained_through or ""
+        row = (manifest.version, manifest.model["name"], manifest.created_at, through, *figures)
+        table.add_row(*row, manifest.parent_version or "")
+    Console().print(table)
+    for entry in damaged:
+        typer.echo(entry["problem"], err=True)
+
+
+def interactions_of(store: Store, snapshot_hash: str) -> Interactions:
+    """Read a snapshot's interactions; ValueError if the store does not hold it."""
+    try:
+        snapshot = read_snapshot(store, snapshot_hash)
+    except KeyError:
+        raise ValueError(f"the store holds no snapshot {snapshot_hash[:80]!r}") from None
+    return Interactions.from_events(read_parts(store, snapshot), snapshot.meanings)
+
+
+def microseconds(moment: str) -> int:
+    """Read an RFC 3339 time as microseconds since the epoch."""
+    try:
+        time = datetime.fromisoformat(moment)
+        offset = time - datetime.fromisoformat("1970-01-01T00:00:00Z")
+    except (ValueError, TypeError):
+        raise ValueError(f"{moment!r} is no RFC 3339 time such as 2026-01-31T12:00:00Z") from None
+    return (offset.days * 86_400 + offset.seconds) * 1_000_000 + offset.microseconds
+
+
+def rfc3339(time: int) -> str:
+    """Write microseconds since the epoch as RFC 3339 in UTC."""
+    return str(np.datetime64(time, "us")) + "Z"
