@@ -117,3 +117,19 @@ class IdMap:
             return np.fromiter(map(self.index, ids), np.int64, len(ids))
         found = pc.fill_null(pc.index_in(_large_strings(ids), value_set=self._ids), -1)
         return np.asarray(found.to_numpy(zero_copy_only=False), dtype=np.int64)
+
+
+MAX_ID_LENGTH = 255
+
+
+def id_problem(id: str) -> str | None:  # noqa: A002
+    """Say what makes a string no user or item id, or None: 1 to 255 printable characters without a slash."""
+    if not id:
+        return "is missing"
+    if len(id) > MAX_ID_LENGTH:
+        return f"is longer than {MAX_ID_LENGTH} characters"
+    if "/" in id:
+        return "holds a slash"
+    if not id.isprintable():
+        return "holds an unprintable character"
+    return None
