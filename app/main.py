@@ -1,0 +1,49 @@
+"""The application: `create_app(settings)` puts it together, and nothing else happens here."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import torch
+from fastapi import FastAPI
+from starlette.concurrency import run_in_threadpool
+
+from app import docs_page, errors
+from app.routes import feedback, health, popular, recommendations
+from app.serving.service import build_service
+from app.settings import Settings
+from app.telemetry import RequestTelemetry
+
+DESCRIPTION = """Post what people do, ask for what to show them, retrain when you like.
+
+Every error is a problem document (RFC 9457) that names the field. Send an API key as `Authorization: Bearer …` or
+`X-API-Key`; while no key exists, programs on the same machine may call without one."""
+
+
+def create_app(settings: Settings | None = None) -> FastAPI:
+    """An application with state of its own; the settings come from the environment unless given."""
+    settings = settings or Settings()
+    service = build_service(settings)
+
+    @asynccontextmanager
+    async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+        torch.set_num_threads(1)  # several requests rank side by side; each on one core
+        await run_in_threadpool(service.start)
+        yield
+        await run_in_threadpool(service.stop)
+
+    app = FastAPI(
+        title="Shortlist",
+        version="0.1.0",
+        description=DESCRIPTION,
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+    )
+    app.state.service = service
+    app.state.keys = service.keys
+    errors.install(app)
+    app.add_middleware(RequestTelemetry, metrics=service.metrics, access_log=settings.access_log)
+    for routes in (recommendations, feedback, popular, health):
+        app.include_router(routes.router)
+    docs_page.install(app, schemas={"Event": feedback.Event})
+    return app

@@ -1,0 +1,145 @@
+"""The catalogue in memory: what may be shown. Follows SQL by `items.updated_at` and the erasures."""
+
+import threading
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from itertools import islice
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Connection
+
+from app.serving.histories import sha256
+from app.tables import erasures, items
+
+# Transactions commit out of the order of their stamps: the poll reads this far back again.
+OVERLAP = timedelta(seconds=60)
+JOURNAL_LENGTH = 100_000
+
+_PROBE = sa.select(
+    sa.select(sa.func.max(items.c.updated_at)).scalar_subquery().label("updated_at"),
+    sa.select(sa.func.max(erasures.c.sequence)).scalar_subquery().label("erasure"),
+)
+_ITEMS = sa.select(items.c.item_id, items.c.hidden, items.c.categories, items.c.updated_at)
+_ERASURES = sa.select(erasures.c.sequence, erasures.c.kind, erasures.c.subject_sha256).order_by(erasures.c.sequence)
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """What serving needs to know of an item."""
+
+    hidden: bool
+    categories: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """An item that was added, changed or removed."""
+
+    revision: int
+    item_id: str
+    erased: bool
+
+
+class Catalog:
+    """Items, their categories and what was erased. Readers take no lock; one refresh runs at a time."""
+
+    def __init__(self) -> None:
+        self.loaded = False
+        self.revision = 0
+        self.entries: dict[str, Entry] = {}
+        self.by_category: dict[str, set[str]] = {}
+        self.erased_users: dict[str, int] = {}  # SHA-256 of the id -> newest erasure
+        self.erased_items: dict[str, int] = {}
+        self.erasures_through = 0
+        self._journal: deque[Change] = deque(maxlen=JOURNAL_LENGTH)
+        self._updated_through: datetime | None = None
+        self._polled_at: datetime | None = None
+        self._lock = threading.RLock()
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def visible(self, item_id: str) -> bool:
+        """Whether the item may be shown."""
+        entry = self.entries.get(item_id)
+        return entry is not None and not entry.hidden
+
+    def in_category(self, category: str) -> list[str]:
+        """The ids of a category, hidden ones included."""
+        with self._lock:
+            return list(self.by_category.get(category, ()))
+
+    def changes_since(self, revision: int) -> list[Change] | None:
+        """What changed after `revision`, oldest first; None when that is too long ago to tell."""
+        with self._lock:
+            missing = self.revision - revision
+            if missing > len(self._journal):
+                return None
+            return list(islice(reversed(self._journal), missing))[::-1]
+
+    def follow(self, connection: Connection) -> None:
+        """Bring up to date if anything changed: two look-ups by index, for use within a request."""
+        probe = connection.execute(_PROBE).one()
+        if probe.updated_at != self._updated_through or (probe.erasure or 0) != self.erasures_through:
+            self.refresh(connection, since=self._updated_through)
+            self._updated_through = probe.updated_at  # lower than before when the newest item was erased
+
+    def poll(self, connection: Connection) -> None:
+        """Bring up to date, commits included that came later than their stamps."""
+        started = datetime.now(UTC)
+        self.refresh(connection, since=None if self._polled_at is None else self._polled_at - OVERLAP)
+        self._polled_at = started
+
+    def refresh(self, connection: Connection, since: datetime | None) -> None:
+        """Read the erasures and items newer than `since` (None: all)."""
+        with self._lock:
+            newer = connection.execute(_ERASURES.where(erasures.c.sequence > self.erasures_through)).all()
+            if newer:
+                self._erase([(row.sequence, row.kind, row.subject_sha256) for row in newer])
+            statement = _ITEMS if since is None else _ITEMS.where(items.c.updated_at >= since)
+            rows = connection.execute(statement.execution_options(yield_per=10_000))
+            for item_id, hidden, categories, updated_at in rows:
+                if self._updated_through is None or updated_at > self._updated_through:
+                    self._updated_through = updated_at
+                entry = Entry(hidden, tuple(categories))
+                if self.entries.get(item_id) != entry:
+                    self._put(item_id, entry)
+            self.loaded = True
+
+    def _put(self, item_id: str, entry: Entry) -> None:
+        self._leave_categories(item_id)
+        self.entries[item_id] = entry
+        for category in entry.categories:
+            self.by_category.setdefault(category, set()).add(item_id)
+        self._record(item_id, erased=False)
+
+    def _leave_categories(self, item_id: str) -> None:
+        old = self.entries.get(item_id)
+        for category in old.categories if old is not None else ():
+            members = self.by_category.get(category, set())
+            members.discard(item_id)
+            if not members:
+                self.by_category.pop(category, None)
+
+    def _erase(self, rows: Sequence[tuple[int, str, str]]) -> None:
+        erased_now: set[str] = set()
+        for sequence, kind, subject in rows:
+            if kind == "user":
+                self.erased_users[subject] = sequence
+            else:
+                self.erased_items[subject] = sequence
+                erased_now.add(subject)
+            self.erasures_through = max(self.erasures_through, sequence)
+        if not erased_now:
+            return
+        # Only hashes are kept of what was erased, so that every id must be hashed to find it; erasures are rare.
+        for item_id in [item_id for item_id in self.entries if sha256(item_id) in erased_now]:
+            self._leave_categories(item_id)
+            del self.entries[item_id]
+            self._record(item_id, erased=True)
+
+    def _record(self, item_id: str, *, erased: bool) -> None:
+        self.revision += 1
+        self._journal.append(Change(self.revision, item_id, erased))

@@ -1,0 +1,175 @@
+"""The running service as one object: what a process holds in memory, and the thread that keeps it up to date."""
+
+import threading
+import time
+from dataclasses import dataclass, field
+from typing import Annotated
+
+import sqlalchemy as sa
+import structlog
+from fastapi import Depends, Request
+from sqlalchemy.engine import Connection, Engine
+from sqlalchemy.exc import SQLAlchemyError
+
+from app import migrations
+from app.database import create_engine, is_outage
+from app.security import KeyRing
+from app.serving.active_models import ActiveModels
+from app.serving.catalog import Catalog
+from app.serving.feedback_writer import FeedbackWriter
+from app.serving.histories import Histories
+from app.serving.popularity import Popularity
+from app.serving.ranking import Ranker
+from app.serving.recommendation_log import RecommendationLog
+from app.settings import Settings
+from app.telemetry import Metrics
+from ml.registry import Registry
+from ml.store import Store, open_store
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass
+class Service:
+    """Every part of one serving process. `start` and `stop` belong to the application's lifespan."""
+
+    settings: Settings
+    engine: Engine
+    store: Store
+    registry: Registry
+    keys: KeyRing
+    metrics: Metrics
+    catalog: Catalog
+    histories: Histories
+    active_models: ActiveModels
+    popularity: Popularity
+    recommendation_log: RecommendationLog
+    feedback_writer: FeedbackWriter
+    ranker: Ranker
+    database_answers: bool = False
+    migrated: bool = False
+    _forgotten_through: int = 0
+    _stopping: threading.Event = field(default_factory=threading.Event)
+    _poll_lock: threading.Lock = field(default_factory=threading.Lock)
+    _follower: threading.Thread | None = None
+
+    @property
+    def ready(self) -> bool:
+        """Whether requests can be answered: once it is, the service stays so without its database too."""
+        return self.migrated and self.catalog.loaded and self.popularity.loaded
+
+    def start(self) -> None:
+        """Start the threads and load what can be loaded; a database that is away is waited for behind the requests."""
+        self.feedback_writer.start()
+        self.recommendation_log.start()
+        self.poll()
+        self._follower = threading.Thread(target=self._follow, name="follower", daemon=True)
+        self._follower.start()
+
+    def stop(self) -> None:
+        """Commit the feedback that waits, write the log, and let go of the database."""
+        self._stopping.set()
+        if self._follower is not None:
+            self._follower.join()
+        self.feedback_writer.stop()
+        self.recommendation_log.stop()
+        self.engine.dispose()
+
+    def poll(self) -> bool:
+        """Bring catalogue, popularity and active version up to date; False if the database does not answer.
+
+        The follower calls it every `model_poll_seconds`; a route that changed one of them calls it to be heard at once.
+        """
+        with self._poll_lock:
+            try:
+                with self.engine.connect() as connection:
+                    self._poll(connection)
+            except SQLAlchemyError as error:
+                if not is_outage(error):
+                    raise
+                if self.database_answers or not self.ready:
+                    log.warning("database_unreachable", reason=type(error).__name__)
+                self.database_answers = False
+                return False
+            if not self.database_answers and self.ready:
+                log.info("database_answers")
+            self.database_answers = True
+            return True
+
+    def ask_database(self) -> bool:
+        """Whether the database answers at this moment."""
+        try:
+            with self.engine.connect() as connection:
+                connection.execute(sa.select(1))
+        except SQLAlchemyError:
+            return False
+        return True
+
+    def _poll(self, connection: Connection) -> None:
+        if not self.migrated:
+            self.migrated = migrations.current(connection) == migrations.head()
+            if not self.migrated:
+                return
+        self.catalog.poll(connection)
+        if self.catalog.erasures_through > self._forgotten_through:
+            erased = {user for user, at in self.catalog.erased_users.items() if at > self._forgotten_through}
+            self.histories.forget(erased)
+            self._forgotten_through = self.catalog.erasures_through
+        self.popularity.poll(connection)
+        self.active_models.poll(connection)
+
+    def _follow(self) -> None:
+        while not self._stopping.wait(self.settings.model_poll_seconds):
+            started = time.monotonic()
+            try:
+                self.poll()
+            except Exception:  # the thread must outlive whatever it meets: without it nothing new would be seen
+                log.exception("poll_failed")
+            self.metrics.gauge("poll_seconds", "Time of the last look at the database.").set(time.monotonic() - started)
+
+
+def build_service(settings: Settings) -> Service:
+    """Put the parts together; nothing is read or started yet."""
+    metrics = Metrics()
+    engine = create_engine(settings.resolved_database_url)
+    store = open_store(settings.resolved_store_url)
+    registry = Registry(store, settings.data_dir / "cache")
+    catalog = Catalog()
+    histories = Histories(settings.event_meanings, settings.max_history)
+    active_models = ActiveModels(registry, store, catalog)
+    popularity = Popularity(settings.event_meanings, catalog)
+    lost = metrics.counter("recommendation_log_lost", "Answers that did not reach the recommendation log.")
+    recommendation_log = RecommendationLog(engine, on_lost=lost.inc)
+    groups = metrics.counter("feedback_commits", "Transactions that stored feedback.")
+    rows = metrics.counter("feedback_rows", "Rows of feedback that were judged.")
+
+    def committed(number: int) -> None:
+        groups.inc()
+        rows.inc(number)
+
+    feedback_writer = FeedbackWriter(
+        engine, max_waiting=settings.feedback_queue, unknown_items=settings.unknown_items, on_commit=committed
+    )
+    return Service(
+        settings=settings,
+        engine=engine,
+        store=store,
+        registry=registry,
+        keys=KeyRing(engine, settings.key_cache_seconds),
+        metrics=metrics,
+        catalog=catalog,
+        histories=histories,
+        active_models=active_models,
+        popularity=popularity,
+        recommendation_log=recommendation_log,
+        feedback_writer=feedback_writer,
+        ranker=Ranker(engine, catalog, histories, active_models, popularity, recommendation_log),
+    )
+
+
+def _service(request: Request) -> Service:
+    service: Service = request.app.state.service
+    return service
+
+
+ServiceDep = Annotated[Service, Depends(_service)]
