@@ -120,9 +120,10 @@ class _Kept:
         if "retracts" in table.column_names and table.column("retracts").null_count < len(table):
             self.retracted.append(pc.drop_null(table.column("retracts")).to_numpy())
         mask, weight = _meaning_arrays(table, meanings)
+        numbered = "position" in table.column_names and not table.column("position").null_count
         position = (
             table.column("position").to_numpy()
-            if "position" in table.column_names
+            if numbered
             else np.arange(self.rows, self.rows + len(table), dtype=np.int64)
         )
         self.rows += len(table)

@@ -269,6 +269,7 @@ def collect(store: Store, keep: Collection[str], older_than_seconds: float) -> l
         if name not in named and _is_old(store, name, before):
             store.delete(name)
             removed.append(name)
+    store.remove_leftovers(older_than_seconds)
     return removed
 
 

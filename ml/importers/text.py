@@ -62,7 +62,8 @@ def read_blocks(
             data = carried + chunk
             if not data:
                 return
-            end = len(data) if not chunk else _last_row_end(data, quoted)
+            at_end = len(chunk) < block_bytes
+            end = len(data) if at_end else _last_row_end(data, quoted)
             if end == 0:
                 if len(data) > _LONGEST_ROW:
                     raise ValueError(f"{path.name}: line {line} is longer than {_LONGEST_ROW >> 20} MiB; is this text?")
@@ -72,7 +73,7 @@ def read_blocks(
             block, line = _block(whole, line, quoted, source.tell() / size)
             if len(block):
                 yield block
-            if not chunk:
+            if at_end:
                 return
 
 
