@@ -11,7 +11,7 @@ app = typer.Typer(
     help="A self-hosted recommendation service: events in, trained models out, ranked items to every user.",
     no_args_is_help=True,
     add_completion=False,
-    pretty_exceptions_show_locals=False,
+    pretty_exceptions_enable=False,
 )
 keys = typer.Typer(help="Make, list and revoke API keys.", no_args_is_help=True)
 models = typer.Typer(help="See, activate and roll back model versions.", no_args_is_help=True)
@@ -77,8 +77,8 @@ def import_(
     from app.importing import import_command
 
     columns = {
-        "user_id": user_column,
-        "item_id": item_column,
+        "user": user_column,
+        "item": item_column,
         "time": time_column,
         "value": value_column,
         "type": type_column,

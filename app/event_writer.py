@@ -58,19 +58,18 @@ class SqliteWriter:
     pages of the index.
     """
 
-    HOLD_SECONDS = 0.020
+    HOLD_SECONDS = 0.025
     PAUSE_SECONDS = 0.011
     CHECKPOINT_EVERY = 16  # chunks; a checkpoint does not hold the write lock, but it writes the hot pages once more
 
     def __init__(self, engine: Engine) -> None:
         pooled = engine.raw_connection()
-        pooled.detach()  # its pragmas must not return to the pool
-        self._pooled = pooled
         connection: Any = pooled.driver_connection
+        pooled.detach()  # its pragmas must not return to the pool
         self._connection = connection
         self._connection.execute("PRAGMA cache_size = -65536")
         self._connection.execute("PRAGMA wal_autocheckpoint = 0")
-        self._chunk = 1_000
+        self._chunk = 2_000
         self._chunks_written = 0
         self._users, self._items = KnownIds(), KnownIds()
 
@@ -119,14 +118,14 @@ class SqliteWriter:
 
     def _adapt(self, held: float) -> None:
         factor = min(max(self.HOLD_SECONDS / max(held, 1e-6), 0.5), 1.25)
-        self._chunk = int(min(max(self._chunk * factor, 100), 10_000))
+        self._chunk = int(min(max(self._chunk * factor, 1_000), 10_000))
         self._chunks_written += 1
         if self._chunks_written % self.CHECKPOINT_EVERY == 0:
             self._connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
 
     def close(self) -> None:
         self._connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
-        self._pooled.close()
+        self._connection.close()
 
 
 class PostgresWriter:
@@ -136,9 +135,8 @@ class PostgresWriter:
 
     def __init__(self, engine: Engine) -> None:
         pooled = engine.raw_connection()
-        pooled.detach()  # its temporary table must not return to the pool
-        self._pooled = pooled
         connection: Any = pooled.driver_connection
+        pooled.detach()  # its temporary table must not return to the pool
         self._connection = connection
         self._users, self._items = KnownIds(), KnownIds()
         self._connection.execute(
@@ -195,4 +193,4 @@ class PostgresWriter:
         return stored
 
     def close(self) -> None:
-        self._pooled.close()
+        self._connection.close()
