@@ -184,6 +184,15 @@ def upgrade() -> None:
     op.create_index("ix_runs_created_at", "runs", ["created_at"])
     op.create_index("ix_runs_state_created_at", "runs", ["state", "created_at"])
     op.create_table(
+        "snapshots",
+        sa.Column("sequence", Position, autoincrement=True, nullable=False),
+        sa.Column("hash", sa.String(length=64), nullable=False),
+        sa.Column("cluster", sa.String(length=128), nullable=False),
+        sa.Column("created_at", Time, nullable=False),
+        sa.PrimaryKeyConstraint("sequence", name=op.f("pk_snapshots")),
+        sqlite_autoincrement=True,
+    )
+    op.create_table(
         "users",
         sa.Column("user_id", Identifier, nullable=False),
         sa.Column("metadata", sa.JSON(), nullable=False),
@@ -210,6 +219,7 @@ def downgrade() -> None:
     for table in (
         "run_events",
         "users",
+        "snapshots",
         "runs",
         "recommendation_log",
         "model_versions",

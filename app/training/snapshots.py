@@ -5,7 +5,8 @@ before. Its watermark is therefore a transaction id: events of all transactions 
 settled, those of later ones wait for the next snapshot. SQLite has one writer, and positions commit in order.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -76,9 +77,12 @@ def take_snapshot(
             parts.append(rewritten)
     newest = None if parent is None or parent.watermark["time"] is None else _parse(parent.watermark["time"])
     position = 0 if parent is None else int(parent.watermark["position"])
-    with _reading(engine) as connection, connection.begin():
+    with ExitStack() as stack:
+        connection = stack.enter_context(_reading(engine))
+        stack.enter_context(connection.begin())
         horizon = _horizon(connection)
-        for table in _tables(connection, _new_events(connection, parent, horizon), rows_per_part, check):
+        new = _tables(connection, _new_events(connection, parent, horizon), rows_per_part, check)
+        for table in stack.enter_context(closing(new)):
             parts.append(write_part(store, table))
             newest = max(filter(None, [newest, _newest(table)]), default=None)
             position = max(position, pc.max(table["position"]).as_py())
@@ -215,20 +219,21 @@ def _new_events(connection: Connection, parent: Snapshot | None, horizon: Horizo
 
 def _tables(
     connection: Connection, query: sa.Select[Any], rows_per_part: int, check: Callable[[], None]
-) -> Iterator[pa.Table]:
+) -> Generator[pa.Table, None, None]:
     """The events as tables of at most that many rows."""
     chunks: list[pa.Table] = []
     rows = 0
-    for fetched in connection.execute(query).partitions(ROWS_PER_FETCH):
-        check()
-        chunk = _table(fetched)
-        while rows + len(chunk) >= rows_per_part:
-            taken = rows_per_part - rows
-            yield pa.concat_tables([*chunks, chunk.slice(0, taken)]).combine_chunks()
-            chunk, chunks, rows = chunk.slice(taken), [], 0
-        if len(chunk):
-            chunks.append(chunk)
-            rows += len(chunk)
+    with connection.execute(query) as result:
+        for fetched in result.partitions(ROWS_PER_FETCH):
+            check()
+            chunk = _table(fetched)
+            while rows + len(chunk) >= rows_per_part:
+                taken = rows_per_part - rows
+                yield pa.concat_tables([*chunks, chunk.slice(0, taken)]).combine_chunks()
+                chunk, chunks, rows = chunk.slice(taken), [], 0
+            if len(chunk):
+                chunks.append(chunk)
+                rows += len(chunk)
     if chunks:
         yield pa.concat_tables(chunks).combine_chunks()
 
