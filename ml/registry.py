@@ -12,6 +12,7 @@ import re
 import secrets
 import shutil
 import tempfile
+import weakref
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -118,7 +119,6 @@ class Registry:
         """Use a store; `cache_dir` keeps local copies of files that lie in a bucket."""
         self.store = store
         self._cache = cache_dir
-        self._temporary: tempfile.TemporaryDirectory[str] | None = None
 
     def publish(
         self,
@@ -271,11 +271,11 @@ class Registry:
         raise _damaged(version, f"its file {entry.name} was changed after it was published")
 
     def _cache_dir(self) -> Path:
-        if self._cache is not None:
-            return self._cache
-        if self._temporary is None:
-            self._temporary = tempfile.TemporaryDirectory(prefix="shortlist-versions-")
-        return Path(self._temporary.name)
+        if self._cache is None:
+            # The store makes the folder if it needs it, as a bucket does; it goes with this registry.
+            self._cache = Path(tempfile.gettempdir()) / f"shortlist-versions-{secrets.token_hex(8)}"
+            weakref.finalize(self, shutil.rmtree, self._cache, ignore_errors=True)
+        return self._cache
 
 
 def check_version(version: str) -> str:
