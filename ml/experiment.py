@@ -14,7 +14,7 @@ import typer
 
 from ml import progress
 from ml.evaluate import Evaluation, Ranker, evaluate, popularity_of
-from ml.importers import load_interactions
+from ml.importers import Loaded, load, open_source
 from ml.interactions import Interactions
 from ml.metrics import mean_and_std
 from ml.models import RankingModel
@@ -129,6 +129,11 @@ def chosen_recipe(name: str, settings: Sequence[str]) -> Recipe:
     return apply_overrides(recipe_named(name), overrides)
 
 
+def split_of(loaded: Loaded, name: str | None, seed: int) -> Split:
+    """Split what was read from a source, by default as suits it."""
+    return split_by_name(name, loaded.interactions, loaded.labels, seed, has_times=loaded.source.has_times)
+
+
 def run_command(
     *,
     data: Path,
@@ -147,15 +152,16 @@ def run_command(
     recipe = chosen_recipe(recipe_name, settings)
     device = chosen_device(device)
     started = time.perf_counter()
-    interactions, labels = load_interactions(data, format=format)
+    loaded = load(open_source(data, format))
+    interactions = loaded.interactions
     described = (
         f"{len(interactions):,} interactions of {interactions.num_users:,} users, {interactions.num_items:,} items"
     )
-    typer.echo(f"{data.name}: {described}", err=True)
+    typer.echo(f"{loaded.source.name}: {described}", err=True)
     outcomes = []
     with _JsonLines(metrics_out) as lines:
         for number in range(seed, seed + (seeds or 1)):
-            parts = split_by_name(split, interactions, labels, number)
+            parts = split_of(loaded, split, number)
             title = recipe.name if seeds is None else f"{recipe.name}, seed {number}"
             with progress.shown(title) as report:
 
@@ -171,7 +177,9 @@ def run_command(
         "recipe": recipe.name,
         "seed": seed if seeds is None else [outcome.seed for outcome in outcomes],
         "data": {
-            "name": data.name,
+            "name": loaded.source.name,
+            "format": loaded.source.format,
+            "rejected": loaded.rejected,
             "interactions": len(interactions),
             "users": interactions.num_users,
             "items": interactions.num_items,

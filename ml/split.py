@@ -50,13 +50,11 @@ def leave_one_out(interactions: Interactions, after: int | None = None) -> Split
 def temporal(interactions: Interactions, validation_share: float = 0.1, test_share: float = 0.1) -> Split:
     """Hold out the newest interactions of all for test and those before for validation, at two moments in time.
 
-    Interactions of the same moment stay together. ValueError where there are no times to cut at.
+    Interactions of the same moment stay together. ValueError where all are of one moment.
     """
     if not (0 <= validation_share < 1 and 0 < test_share < 1 and validation_share + test_share < 1):
         raise ValueError("the shares of validation and test must lie between 0 and 1, and below 1 together")
     times = np.sort(interactions.time)
-    if len(times) and times[0] == 0 and times[-1] == len(times) - 1 and (np.diff(times) == 1).all():
-        raise ValueError("the data has an order but no times, so no common moment to cut at: use --split leave-one-out")
     if len(times) < SMALLEST_HISTORY or times[0] == times[-1]:
         raise ValueError("a temporal split needs interactions at different times: use --split leave-one-out")
     size = len(times)
@@ -122,14 +120,26 @@ SPLITS: dict[str, Callable[[Interactions, npt.NDArray[Any] | None, int], Split]]
 }
 
 
-def split_by_name(name: str | None, interactions: Interactions, labels: npt.NDArray[Any] | None, seed: int) -> Split:
-    """Split as named, by default as the source says or else leave-one-out; checked for leaks and for content."""
+def split_by_name(
+    name: str | None,
+    interactions: Interactions,
+    labels: npt.NDArray[Any] | None = None,
+    seed: int = 0,
+    *,
+    has_times: bool = True,
+) -> Split:
+    """Split as named, by default as the source says or else leave-one-out; checked for leaks and for content.
+
+    Without times, each user's interactions have an order but there is no common moment to cut at.
+    """
     if name is None:
         name = "leave-one-out" if labels is None else "predefined"
     if name not in SPLITS:
         raise ValueError(f"unknown split {name!r}; the splits are {', '.join(SPLITS)}")
     if not len(interactions):
         raise ValueError("the data holds no interaction: check its format and what counts as one")
+    if name == "temporal" and not has_times:
+        raise ValueError("the data has an order but no times, so no common moment to cut at: use --split leave-one-out")
     split = SPLITS[name](interactions, labels, seed)
     check_no_leak(split, interactions)
     return split

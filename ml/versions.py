@@ -11,8 +11,8 @@ import typer
 from torch import Tensor
 
 from ml.evaluate import Ranker, evaluate, popularity_of
-from ml.experiment import TEST, SplitEvaluator, counts_of, metrics_table
-from ml.importers import load_interactions
+from ml.experiment import TEST, SplitEvaluator, counts_of, metrics_table, split_of
+from ml.importers import load, open_source
 from ml.interactions import Interactions
 from ml.recommender import Indices, Recommender
 from ml.registry import Registry, VersionDamaged
@@ -100,10 +100,11 @@ def evaluate_command(
     store = open_store(store_url)
     recommender, manifest = Registry(store).load(version)
     if data is not None:
-        interactions, labels = load_interactions(data, format=format)
+        loaded = load(open_source(data, format))
+        interactions, parts = loaded.interactions, split_of(loaded, split, seed)
     else:
-        interactions, labels = interactions_of(store, str(snapshot_hash)), None
-    parts = split_by_name(split, interactions, labels, seed)
+        interactions = interactions_of(store, str(snapshot_hash))
+        parts = split_by_name(split, interactions, seed=seed)
     evaluator = SplitEvaluator(parts, negatives=negatives, seed=seed)
     baseline = evaluator.evaluate(popularity_of(parts.train), TEST)
     translated = Translated(recommender, interactions)

@@ -1,4 +1,6 @@
+import hashlib
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -46,10 +48,11 @@ def test_what_is_loaded_ranks_as_what_was_published(registry: Registry, name: st
     assert manifest.code_version.count("+") == 1
     original = recommender(name)
     histories = [np.array([1, 2]), np.array([3])]
-    for left, right in zip(
-        loaded.top_k([0, 1], histories, histories, 5), original.top_k([0, 1], histories, histories, 5), strict=True
-    ):
-        assert np.array_equal(left, right)
+    items, scores = loaded.top_k([0, 1], histories, histories, 5)
+    expected_items, expected_scores = original.top_k([0, 1], histories, histories, 5)
+    assert np.array_equal(items, expected_items)
+    # Not to the last bit: mapped weights lie elsewhere in memory, which may change the order of a sum.
+    np.testing.assert_allclose(scores, expected_scores, rtol=1e-6)
     assert loaded.users.equals(original.users)
     assert loaded.items.equals(original.items)
 
@@ -189,8 +192,6 @@ def rewritten(registry: Registry, **changes: object) -> None:
     path = registry.store.path / "versions" / "v1" / "manifest.json"
     body = json.loads(path.read_bytes()) | changes
     body.pop("checksum")
-    import hashlib
-
     path.write_bytes(_canonical({**body, "checksum": hashlib.sha256(_canonical(body)).hexdigest()}))
 
 
@@ -269,8 +270,6 @@ def test_a_bucket_serves_as_well_as_a_folder(bucket: str, tmp_path: Path) -> Non
     copy = tmp_path / "cache" / "versions" / "v1" / manifest.files["users"].name
     stamp = copy.stat().st_mtime_ns
     copy.write_bytes(bytes(len(copy.read_bytes())))
-    import os
-
     os.utime(copy, ns=(stamp, stamp))
     registry.load("v1")
     name = f"versions/v2/{manifest.files['model'].name}"

@@ -67,7 +67,7 @@ def test_temporal_cuts_at_two_moments_and_keeps_ties_together() -> None:
     assert sorted({time for *_, time in rows(split.validation)}) == [5, 6]
     assert sorted({time for *_, time in rows(split.test)}) == [7, 8, 9]
     with pytest.raises(ValueError, match="no times"):
-        temporal(Interactions.from_arrays(["a", "a", "b", "b"], ["1", "2", "3", "4"]))
+        split_by_name("temporal", data, has_times=False)
     with pytest.raises(ValueError, match="different times"):
         temporal(interactions([("a", str(n), 7) for n in range(9)]))
 
