@@ -217,13 +217,12 @@ def _sorted(
     position: Array | None = None,
 ) -> Interactions:
     # Sources are often in order already, and looking costs far less than sorting.
-    if position is not None and (np.diff(position) < 0).any():
-        order = np.lexsort((position, time, user_index))
-    else:
+    if position is None or not (position[1:] < position[:-1]).any():
+        position = None
         same = user_index[1:] == user_index[:-1]
         if not ((user_index[1:] < user_index[:-1]) | (same & (time[1:] < time[:-1]))).any():
             return Interactions(users, items, user_index, item_index, time, weight)
-        order = np.lexsort((time, user_index))
+    order = _order(user_index, time, position)
     return Interactions(
         users,
         items,
@@ -232,6 +231,30 @@ def _sorted(
         time[order],
         None if weight is None else weight[order],
     )
+
+
+def _order(
+    user_index: npt.NDArray[np.int32], time: npt.NDArray[np.int64], position: Array | None
+) -> npt.NDArray[np.int64]:
+    """Return the rows in the order of user, time, position (without: of input)."""
+    since = time - time.min()
+    unit = next(unit for unit in (1_000_000, 1_000, 1) if unit == 1 or not (since % unit).any())
+    since //= unit
+    time_bits = int(since.max()).bit_length()
+    if int(user_index.max()).bit_length() + time_bits > 63:
+        return np.lexsort((time, user_index) if position is None else (position, time, user_index))
+    # One key for both sorts some ten times faster than two, but not stably: what ties is put in order afterwards.
+    key = (user_index.astype(np.int64) << time_bits) | since
+    order = np.argsort(key)
+    key = key[order]
+    equal = key[1:] == key[:-1]
+    if equal.any():
+        tied = np.zeros(len(key), np.bool_)
+        tied[1:] |= equal
+        tied[:-1] |= equal
+        rows = order[tied]
+        order[tied] = rows[np.lexsort((rows, rows if position is None else position[rows], key[tied]))]
+    return order
 
 
 def _weights_of(interactions: Interactions) -> npt.NDArray[np.float32]:

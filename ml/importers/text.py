@@ -31,7 +31,8 @@ class Block:
     ends: npt.NDArray[np.int64]
     lines: npt.NDArray[np.int64]
     progress: float
-    broken_quotes: bool  # a quote opens and nothing closes it
+    first_line: int
+    broken_quotes: bool = False  # a quote opens and nothing closes it
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -111,7 +112,7 @@ def _block(data: bytes, line: int, quoted: bool, progress: float) -> tuple[Block
     returns = (ends > starts) & (view[np.maximum(ends - 1, 0)] == _RETURN)
     ends = ends - returns
     filled = ends > starts
-    return Block(data, starts[filled], ends[filled], lines[filled], progress, broken), line + line_count
+    return Block(data, starts[filled], ends[filled], lines[filled], progress, line, broken), line + line_count
 
 
 def delimited_rows(block: Block, delimiter: str, width: int, columns: Mapping[str, int], quoted: bool) -> RawRows:
@@ -130,7 +131,8 @@ def delimited_rows(block: Block, delimiter: str, width: int, columns: Mapping[st
                     for index, count in wrong
                 ]
                 return _raw_rows(found, kept, block, rejects)
-    return _delimited_by_row(block, delimiter, width, columns)
+    by_line, _ = _block(block.data, block.first_line, False, block.progress)
+    return _delimited_by_row(by_line, delimiter, width, columns)
 
 
 def _wrong_width(width: int, count: int) -> str:

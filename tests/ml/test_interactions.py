@@ -58,6 +58,20 @@ def test_the_order_is_that_of_a_stable_sort(rows: list[tuple[str, str, int]]) ->
     assert pairs(whole) == pairs(parts) == expected
 
 
+@settings(deadline=None, max_examples=50)
+@given(
+    st.lists(st.tuples(st.integers(0, 3), st.sampled_from([-9, 0, 10**6, 10**15, 4 * 10**18]), st.integers(0, 9))),
+    st.sampled_from([1, 1_000, 1_000_000]),
+)
+def test_times_of_any_unit_and_range_sort_alike(rows: list[tuple[int, int, int]], unit: int) -> None:
+    time = [moment // unit * unit for _, moment, _ in rows]
+    position = np.array([place for _, _, place in rows], np.int64)
+    numbers = [str(number) for number in range(len(rows))]
+    found = Interactions.from_arrays([f"u{row[0]}" for row in rows], numbers, time, position=position)
+    expected = sorted(range(len(rows)), key=lambda number: (rows[number][0], time[number], position[number], number))
+    assert found.items.ids(found.item_index) == [str(number) for number in expected]
+
+
 def test_positions_decide_ties_when_parts_come_out_of_order() -> None:
     late = events({"user_id": "a", "item_id": "second", "position": 2})
     early = events({"user_id": "a", "item_id": "first", "position": 1})
