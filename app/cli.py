@@ -53,6 +53,22 @@ def demo(
     run_demo(data, port=port, data_dir=data_dir)
 
 
+@app.command()
+def serve(
+    host: Annotated[
+        str | None, typer.Option(help="Address to listen on; the setting `host` (127.0.0.1) if not given.")
+    ] = None,
+    port: Annotated[int | None, typer.Option(help="Port to listen on; the setting `port` (8000) if not given.")] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, max=256, help="Serving processes; the setting `workers` (1) if not given.")
+    ] = None,
+) -> None:
+    """Answer requests, and train beside it; the database is brought to this release first."""
+    from app.serve import serve_command
+
+    serve_command(host=host, port=port, workers=workers)
+
+
 @app.command("import")
 def import_(
     path: Annotated[Path, typer.Argument(help="File or folder to read.")],

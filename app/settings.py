@@ -1,6 +1,7 @@
 """Settings: the only reader of the environment. Each is described in docs/settings.md (a test holds it)."""
 
 import dataclasses
+import json
 import math
 from functools import cached_property
 from pathlib import Path
@@ -96,6 +97,17 @@ class Settings(BaseSettings):
     @cached_property
     def resolved_store_url(self) -> str:
         return self.store_url or str((self.data_dir / "store").absolute())
+
+    def as_environment(self) -> dict[str, str]:
+        """The variables that give a child process the same settings."""
+        plain = self.model_dump(mode="json", include=self.model_fields_set)
+        if self.database_url is not None:
+            plain["database_url"] = self.database_url.get_secret_value()
+        return {
+            f"SHORTLIST_{name.upper()}": value if isinstance(value, str) else json.dumps(value)
+            for name, value in plain.items()
+            if value is not None
+        }
 
     @property
     def runs_dir(self) -> Path:

@@ -83,6 +83,11 @@ def _redact_value(value: Any) -> Any:
 # --- logs ----------------------------------------------------------------------------------------------------------
 
 
+def _drop_colours(_logger: object, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    event.pop("color_message", None)  # uvicorn's second copy of its message
+    return event
+
+
 def configure_logging(settings: Settings, stream: TextIO | None = None) -> None:
     """Send our log, and that of every library, through one redacting formatter to standard error.
 
@@ -94,6 +99,7 @@ def configure_logging(settings: Settings, stream: TextIO | None = None) -> None:
         structlog.stdlib.add_logger_name,
         structlog.stdlib.add_log_level,
         structlog.stdlib.ExtraAdder(),
+        _drop_colours,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
         # Tracebacks become text here, so that what they quote is redacted as well.
         structlog.processors.format_exc_info,
@@ -116,6 +122,8 @@ def configure_logging(settings: Settings, stream: TextIO | None = None) -> None:
         logger = logging.getLogger(name)
         logger.handlers.clear()
         logger.propagate = name != "uvicorn.access"  # it would log query strings
+    # It tells the kind of database at every look at its revision.
+    logging.getLogger("alembic.runtime.migration").setLevel(max(logging.WARNING, logging.root.level))
     structlog.configure(
         processors=[
             structlog.stdlib.filter_by_level,
