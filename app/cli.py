@@ -132,6 +132,105 @@ def fetch(
     fetch_command(name, to)
 
 
+@app.command()
+def worker(
+    name: Annotated[
+        str | None, typer.Option(help="Name in the runs it works on; host and process if not given.")
+    ] = None,
+    once: Annotated[bool, typer.Option("--once", help="End when no run waits.")] = False,
+) -> None:
+    """Train the runs that wait, one after another, until stopped."""
+    from app.training.commands import worker_command
+
+    worker_command(name=name, once=once)
+
+
+@app.command()
+def retrain(
+    recipe: Annotated[str, typer.Argument(help="The recipe to train, such as neumf or caser.")],
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", help="Change a setting of the recipe, key=value; repeatable.")
+    ] = None,
+    promote: Annotated[str, typer.Option(help="guarded, always or never.")] = "guarded",
+    warm_start: Annotated[bool, typer.Option("--warm-start", help="Start from this recipe's newest version.")] = False,
+    wait: Annotated[bool, typer.Option("--wait", help="Follow the run to its end.")] = False,
+    json: JsonOption = False,
+) -> None:
+    """Queue a training for a worker."""
+    from app.training.commands import retrain_command
+
+    retrain_command(recipe, overrides=overrides or (), promote=promote, warm_start=warm_start, wait=wait, as_json=json)
+
+
+LimitOption = Annotated[int, typer.Option(min=1, max=1000, help="How many to show at most.")]
+RunArgument = Annotated[str, typer.Argument(help="The run's id.")]
+VersionArgument = Annotated[str, typer.Argument(help="The version's name.")]
+
+
+@runs.command("list")
+def runs_list(limit: LimitOption = 20, json: JsonOption = False) -> None:
+    """List the runs, newest first."""
+    from app.training.commands import runs_list_command
+
+    runs_list_command(limit=limit, as_json=json)
+
+
+@runs.command("show")
+def runs_show(run_id: RunArgument, json: JsonOption = False) -> None:
+    """Show all about a run."""
+    from app.training.commands import runs_show_command
+
+    runs_show_command(run_id, as_json=json)
+
+
+@runs.command("watch")
+def runs_watch(run_id: RunArgument) -> None:
+    """Follow a run to its end; the exit status is 1 unless it succeeds."""
+    from app.training.commands import runs_watch_command
+
+    runs_watch_command(run_id)
+
+
+@runs.command("cancel")
+def runs_cancel(run_id: RunArgument) -> None:
+    """Cancel a run."""
+    from app.training.commands import runs_cancel_command
+
+    runs_cancel_command(run_id)
+
+
+@models.command("list")
+def models_list(limit: LimitOption = 20, json: JsonOption = False) -> None:
+    """List the versions, newest first, those found in the store too."""
+    from app.training.commands import models_list_command
+
+    models_list_command(limit=limit, as_json=json)
+
+
+@models.command("show")
+def models_show(version: VersionArgument, json: JsonOption = False) -> None:
+    """Show all about a version."""
+    from app.training.commands import models_show_command
+
+    models_show_command(version, as_json=json)
+
+
+@models.command("activate")
+def models_activate(version: VersionArgument) -> None:
+    """Make a version the one that answers."""
+    from app.training.commands import models_activate_command
+
+    models_activate_command(version)
+
+
+@models.command("rollback")
+def models_rollback() -> None:
+    """Return to the version that was active before."""
+    from app.training.commands import models_rollback_command
+
+    models_rollback_command()
+
+
 app.add_typer(keys, name="keys")
 app.add_typer(models, name="models")
 app.add_typer(runs, name="runs")

@@ -78,8 +78,9 @@ class Training:
     device: str = "cpu"
 
     def identity(self) -> str:
-        """Name everything that the work on disk depends on; not the run's epoch, which grows when it is taken up."""
-        parts = {**self.__dict__, "recipe": self.recipe.as_dict(), "run_epoch": None, "code": code_version()}
+        """Name everything that the work on disk depends on; not epoch and version, new whenever a run is taken up."""
+        own = {**self.__dict__, "recipe": self.recipe.as_dict(), "run_epoch": None, "version": None}
+        parts = {**own, "code": code_version()}
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 

@@ -20,6 +20,7 @@ from app.database import create_engine, writing
 from app.migrations import migrate
 from app.settings import Settings
 from app.tables import model_versions
+from app.telemetry import configure_logging
 from app.training import runs, versions
 from app.training.promotion import NothingToRollBackTo
 from app.training.runs import Promote, Run, RunIsOver
@@ -29,6 +30,7 @@ from ml.store import open_store
 
 ACTOR = "cli"
 FOLLOW_SECONDS = 0.3
+WIDTH_ELSEWHERE = 500  # a line a row where nobody looks at a terminal
 
 
 @contextmanager
@@ -47,7 +49,7 @@ def _registry(settings: Settings) -> Registry:
 
 
 def _fail(message: str) -> NoReturn:
-    typer.echo(message, err=True)
+    typer.echo(f"error: {message}", err=True)
     raise typer.Exit(1)
 
 
@@ -64,7 +66,10 @@ def _print_table(names: Sequence[str], rows: Iterable[Sequence[object]]) -> None
         table.add_column(name, overflow="fold")
     for row in rows:
         table.add_row(*["" if cell is None else str(cell) for cell in row])
-    Console().print(table)
+    console = Console()
+    if not console.is_terminal:
+        console.width = WIDTH_ELSEWHERE
+    console.print(table)
 
 
 # --- worker ----------------------------------------------------------------------------------------------------------
@@ -74,6 +79,8 @@ def worker_command(*, name: str | None = None, once: bool = False, settings: Set
     """Train what is in the queue until stopped; with `once`, until the queue is empty."""
     from app.training.worker import Worker, stopped_by_signals
 
+    settings = settings or Settings()
+    configure_logging(settings)
     with _opened(settings) as (own_settings, engine):
         worker = Worker(own_settings, engine, name=name)
         with stopped_by_signals(worker):

@@ -172,7 +172,7 @@ class Worker:
                 if kind == "published":
                     published = line
                 if kind != "progress":
-                    log.info(kind, **{f"training_{name}": value for name, value in line.items()})
+                    log.info(f"training: {kind}", **_brief(line))
                 elif time.monotonic() - told < PROGRESS_SECONDS:
                     continue
                 else:
@@ -243,7 +243,7 @@ class Worker:
         return own
 
     def _tell(self, run: Run, kind: str, details: dict[str, Any]) -> None:
-        values = {"progress": details} if kind in ("phase", "progress") else {}
+        values = {"progress": details} if kind in ("phase", "progress", "epoch") else {}
         try:
             runs.report(self._engine, run, kind, details, **values)
         except Exception as error:
@@ -279,6 +279,11 @@ class Worker:
 
         decision = self._surely(conclude)
         log.info("run ended", state="succeeded", version=version, promoted=decision.promote, message=decision.message)
+
+
+def _brief(details: dict[str, Any]) -> dict[str, Any]:
+    """What of a line goes into the log: its plain values; the followers of the run get all of it."""
+    return {key: value for key, value in details.items() if isinstance(value, str | int | float)}
 
 
 def _explain(status: int, last_words: str) -> str:
