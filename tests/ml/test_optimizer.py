@@ -1,0 +1,51 @@
+import pytest
+import torch
+from torch import nn, tensor
+
+from ml.optimizer import RowAdam
+
+
+def test_a_dense_step_is_adam() -> None:
+    ours, theirs = (nn.Parameter(tensor([1.0, -2.0, 3.0])) for _ in range(2))
+    mine, reference = RowAdam([ours], 0.1, l2=0.01), torch.optim.Adam([theirs], 0.1, weight_decay=0.01)
+    for _ in range(5):
+        for parameter, optimizer in ((ours, mine), (theirs, reference)):
+            optimizer.zero_grad()
+            parameter.pow(3).sum().backward()
+            optimizer.step()
+    assert torch.allclose(ours, theirs, atol=1e-6)
+
+
+def test_a_table_step_is_adam_on_the_rows_read_and_leaves_the_others_alone() -> None:
+    table = nn.Embedding(4, 2, sparse=True)
+    before = table.weight.detach().clone()
+    dense = nn.Parameter(before[[1, 3]].clone())
+    mine, reference = RowAdam(table.parameters(), 0.1), torch.optim.Adam([dense], 0.1)
+    for _ in range(3):
+        mine.zero_grad()
+        table(tensor([1, 3, 1])).square().sum().backward()
+        mine.step()
+        reference.zero_grad()
+        (2 * dense[0].square().sum() + dense[1].square().sum()).backward()
+        reference.step()
+    assert torch.allclose(table.weight[[1, 3]], dense, atol=1e-6)
+    assert torch.equal(table.weight[[0, 2]], before[[0, 2]])
+
+
+def test_l2_touches_only_the_rows_in_the_batch_and_each_once() -> None:
+    table = nn.Embedding(3, 1, sparse=True)
+    with torch.no_grad():
+        table.weight.fill_(2.0)
+    optimizer = RowAdam(table.parameters(), 0.1, l2=0.5)
+    (0 * table(tensor([1, 1]))).sum().backward()
+    optimizer.step()
+    # The gradient is 0 + 0.5 * 2 = 1, so the first moment is 0.1 and the second 0.001, and the step the whole rate.
+    assert table.weight.flatten().tolist() == pytest.approx([2.0, 1.9, 2.0])
+    assert optimizer.state[table.weight]["mean"].flatten().tolist() == pytest.approx([0.0, 0.1, 0.0])
+    assert optimizer.state[table.weight]["square"].flatten().tolist() == pytest.approx([0.0, 0.001, 0.0])
+
+
+@pytest.mark.parametrize(("rate", "l2"), [(0.0, 0.0), (-1.0, 0.0), (float("nan"), 0.0), (0.1, -1.0)])
+def test_impossible_settings_are_refused(rate: float, l2: float) -> None:
+    with pytest.raises(ValueError, match="must be positive"):
+        RowAdam([nn.Parameter(torch.ones(1))], rate, l2=l2)
