@@ -69,7 +69,7 @@ class Problem(Exception):  # noqa: N818 - what it is called in RFC 9457
         )
 
 
-def unavailable(detail: str = "The database cannot be reached. Nothing was changed; try again.") -> Problem:
+def unavailable(detail: str = "The database cannot be reached now; try again.") -> Problem:
     """The answer while something the service needs is gone."""
     return Problem(503, detail=detail, headers={"Retry-After": str(RETRY_AFTER_SECONDS)})
 
@@ -108,6 +108,23 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(DBAPIError, _database)
     app.add_exception_handler(PoolTimeout, _database)
     app.add_exception_handler(Exception, _unexpected)
+    describe = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            _describe_as_problems(describe())
+        return describe()
+
+    app.openapi = openapi  # type: ignore[method-assign]
+
+
+def _describe_as_problems(description: dict[str, Any]) -> None:
+    """Take out the `application/json` that FastAPI adds to every answer with a model: errors have one media type."""
+    for path in description["paths"].values():
+        for operation in path.values():
+            for answer in operation["responses"].values():
+                if MEDIA_TYPE in answer.get("content", {}):
+                    answer["content"].pop("application/json", None)
 
 
 async def _problem(_request: Request, error: Exception) -> Response:

@@ -17,6 +17,8 @@ _NO_DOT = rf"[^./{_UNPRINTABLE}]"
 # Any of those but `.` and `..`, which clients take out of a path before they send it.
 ID_PATTERN = rf"^(?:\.{{0,2}}{_NO_DOT}{_ID}*|\.{{3}}{_ID}*)$"
 EVENT_TYPE_PATTERN = r"^[A-Za-z0-9_][A-Za-z0-9_.:-]{0,63}$"
+# `|` stands between categories in CSV.
+CATEGORY_PATTERN = rf"^[^|{_UNPRINTABLE}]+$"
 TEXT_PATTERN = r"^[^\x00]*$"
 
 MAX_METADATA_BYTES = 16_384
@@ -27,7 +29,7 @@ UserId = Identifier
 ItemId = Identifier
 EventId = Identifier
 EventType = Annotated[str, StringConstraints(pattern=EVENT_TYPE_PATTERN)]
-Category = Identifier
+Category = Annotated[str, StringConstraints(min_length=1, max_length=MAX_ID_LENGTH, pattern=CATEGORY_PATTERN)]
 Title = Annotated[str, StringConstraints(max_length=1000, pattern=TEXT_PATTERN)]
 
 
@@ -99,6 +101,8 @@ def explain(error: dict[str, Any]) -> str:
             return "must be 1 to 255 printable characters without '/', other than '.' and '..'"
         if pattern == EVENT_TYPE_PATTERN:
             return "must be 1 to 64 letters, digits, '_', '.', ':' or '-', the first one a letter, digit or '_'"
+        if pattern == CATEGORY_PATTERN:
+            return "must be 1 to 255 printable characters without '|'"
         if pattern == TEXT_PATTERN:
             return "must not hold NUL"
     return str(error.get("msg", "is not valid")).removeprefix("Value error, ")

@@ -9,7 +9,7 @@ from starlette.concurrency import run_in_threadpool
 
 from app import docs_page, errors
 from app.body_limit import BodyLimit
-from app.routes import admin, feedback, health, popular, recommendations
+from app.routes import admin, catalog, feedback, health, popular, recommendations
 from app.serving.service import build_service
 from app.settings import Settings
 from app.telemetry import RequestTelemetry
@@ -43,9 +43,13 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.state.service = service
     app.state.keys = service.keys
     errors.install(app)
-    app.add_middleware(BodyLimit, limit=settings.max_body_bytes)
+    app.add_middleware(
+        BodyLimit,
+        limit=settings.max_body_bytes,
+        larger=dict.fromkeys(catalog.IMPORT_PATHS, settings.max_import_bytes),
+    )
     app.add_middleware(RequestTelemetry, metrics=service.metrics, access_log=settings.access_log)
-    for routes in (recommendations, feedback, popular, admin, health):
+    for routes in (recommendations, feedback, popular, catalog, admin, health):
         app.include_router(routes.router)
     docs_page.install(app, schemas={"Event": feedback.Event})
     return app
