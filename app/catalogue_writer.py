@@ -60,7 +60,7 @@ def _upsert_item_page(connection: Connection, page: list[CatalogueItem]) -> int:
         for item_id, item in described.items()
     ]
     insert = INSERTS[connection.dialect.name](items).values(rows).on_conflict_do_nothing()
-    changed: int = connection.execute(insert).rowcount
+    changed = len(connection.execute(insert.returning(items.c.item_id)).all())
     for row in connection.execute(sa.select(items).where(items.c.item_id.in_(list(described))).with_for_update()):
         item = described[row.item_id]
         values = {
@@ -83,7 +83,7 @@ def _upsert_user_page(connection: Connection, page: list[SourceUser]) -> int:
         for user_id, user in described.items()
     ]
     insert = INSERTS[connection.dialect.name](users).values(rows).on_conflict_do_nothing()
-    changed: int = connection.execute(insert).rowcount
+    changed = len(connection.execute(insert.returning(users.c.user_id)).all())
     for row in connection.execute(sa.select(users).where(users.c.user_id.in_(list(described))).with_for_update()):
         metadata = {**row.metadata, **described[row.user_id].metadata}
         if metadata != row.metadata:

@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import typer
@@ -16,8 +16,15 @@ Report = Callable[[float | None, str], None]
 @contextmanager
 def shown(title: str) -> Iterator[Report]:
     """Show how a step goes on while the block runs; call what is yielded as often as you like."""
+    with shown_together([title]) as (report,):
+        yield report
+
+
+@contextmanager
+def shown_together(titles: Sequence[str]) -> Iterator[list[Report]]:
+    """Show several steps that go on side by side."""
     if not sys.stderr.isatty():
-        yield _lines(title)
+        yield [_lines(title) for title in titles]
         return
     from rich.console import Console
     from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -32,15 +39,19 @@ def shown(title: str) -> Iterator[Report]:
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=Console(stderr=True)) as bars:
-        task = bars.add_task(title, total=None, figures="")
 
-        def report(fraction: float | None, figures: str) -> None:
-            if fraction is None:
-                bars.update(task, figures=figures)
-            else:
-                bars.update(task, total=1.0, completed=fraction, figures=figures)
+        def bar(title: str) -> Report:
+            task = bars.add_task(title, total=None, figures="")
 
-        yield report
+            def report(fraction: float | None, figures: str) -> None:
+                if fraction is None:
+                    bars.update(task, figures=figures)
+                else:
+                    bars.update(task, total=1.0, completed=fraction, figures=figures)
+
+            return report
+
+        yield [bar(title) for title in titles]
 
 
 def _lines(title: str) -> Report:
