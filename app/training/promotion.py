@@ -49,11 +49,12 @@ def decide(
     manifest: Mapping[str, Any],
     active: Mapping[str, Any] | None,
     compared: Mapping[str, Any] | None,
+    active_at_start: str | None,
 ) -> Decision:
     """The guard: nDCG@10 on the hold-out must not be below popularity's, nor below the active version's.
 
     `active` is the active version's manifest; `compared` is what the training measured of both on the interactions
-    that the active version has not trained on: `{"version", "interactions", "this", "that"}`.
+    that the one active at its start has not trained on: `{"version", "interactions", "this", "that"}`.
     """
     if promote == "never":
         return Decision(False, "left as a candidate, as asked (promote: never)")
@@ -72,11 +73,13 @@ def decide(
     if _hold_out(manifest) is not None and _hold_out(manifest) == _hold_out(active):
         other = _measured(active, "test")
         where = "on the same hold-out"
+    elif name != active_at_start:
+        return Decision(False, f"not promoted: {name} became active meanwhile, and the two were not compared")
     elif compared is not None and compared["version"] == name and compared["interactions"]:
         own, other = _number(compared["this"]), _number(compared["that"])
         where = f"on {compared['interactions']} interactions that it has not trained on"
     else:
-        unfair = f"the active {name} has trained on the hold-out, so the two were not compared"
+        unfair = f"not compared with the active {name}, which has trained on the hold-out or does not load"
         return Decision(True, f"promoted: {beats_popularity}; {unfair}")
     if own is None or other is None:
         return Decision(False, f"not promoted: its nDCG@10 and that of the active {name} are not both known")
@@ -94,10 +97,11 @@ def _number(value: object) -> float | None:
     return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
 
 
-def _hold_out(manifest: Mapping[str, Any]) -> tuple[Any, Any] | None:
+def _hold_out(manifest: Mapping[str, Any]) -> tuple[Any, ...] | None:
     evaluated_on = manifest["metrics"].get("evaluated_on") or {}
-    snapshot, split = evaluated_on.get("snapshot"), evaluated_on.get("split")
-    return None if snapshot is None or split is None else (snapshot, split)
+    if evaluated_on.get("snapshot") is None:
+        return None
+    return tuple(evaluated_on.get(name) for name in ("snapshot", "split", "from", "through", "interactions"))
 
 
 def lock(connection: Connection) -> None:

@@ -180,7 +180,7 @@ def _remove_run_files(engine: Engine, settings: Settings) -> None:
     if not settings.runs_dir.is_dir():
         return
     with engine.connect() as connection:
-        states = dict(connection.execute(sa.select(runs.c.run_id, runs.c.state)).tuples().all())
+        states = {row.run_id: row.state for row in connection.execute(sa.select(runs.c.run_id, runs.c.state))}
     for folder in settings.runs_dir.iterdir():
         state = states.get(folder.name)
         if state in FINISHED or (state is None and folder.stat().st_mtime < time.time() - 86_400):

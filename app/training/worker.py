@@ -150,7 +150,10 @@ class Worker:
     def _train(self, run: Run, lease: Lease) -> None:
         snapshot = self._snapshot(run, lease)
         version = f"{run.recipe}-{run.run_id}-{run.epoch}"
-        arguments = self._arguments(run, snapshot, version)
+        with self._engine.connect() as connection:
+            row = promotion.active_version(connection)
+        active = None if row is None else str(row.version)
+        arguments = self._arguments(run, snapshot, version, active)
         evaluated: dict[str, Any] = {}
         published: dict[str, Any] | None = None
         told = 0.0
@@ -182,7 +185,7 @@ class Worker:
         self._check(lease)
         if status != 0 or published is None:
             raise RunFailed(_explain(status, last_words))
-        self._conclude(run, version, evaluated.get("compared"))
+        self._conclude(run, version, evaluated.get("compared"), active)
 
     def _snapshot(self, run: Run, lease: Lease) -> Snapshot:
         """The snapshot of the first attempt, so that its checkpoint goes on, or a new one."""
@@ -200,7 +203,7 @@ class Worker:
         self._surely(lambda: runs.report(self._engine, run, "snapshot", details, snapshot=snapshot.hash))
         return snapshot
 
-    def _arguments(self, run: Run, snapshot: Snapshot, version: str) -> list[str]:
+    def _arguments(self, run: Run, snapshot: Snapshot, version: str, active: str | None) -> list[str]:
         arguments = ["--snapshot", snapshot.hash, "--store", self._settings.resolved_store_url]
         arguments += ["--recipe", run.recipe, "--version", version]
         arguments += ["--run-id", run.run_id, "--run-epoch", str(run.epoch)]
@@ -208,7 +211,6 @@ class Worker:
         for key, value in run.overrides.items():
             arguments += ["--set", f"{key}={value}"]
         with self._engine.connect() as connection:
-            active = promotion.active_version(connection)
             same_recipe = (
                 sa.select(model_versions.c.version)
                 .where(model_versions.c.recipe == run.recipe)
@@ -217,7 +219,7 @@ class Worker:
             )
             newest = connection.execute(same_recipe).scalar_one_or_none() if run.warm_start else None
         if active is not None and run.promote == "guarded":
-            arguments += ["--compare", active.version]
+            arguments += ["--compare", active]
         if newest is not None:
             arguments += ["--warm-start", newest]
         return arguments
@@ -251,7 +253,7 @@ class Worker:
                 raise
             log.warning("progress not written", reason=type(error).__name__)
 
-    def _conclude(self, run: Run, version: str, compared: dict[str, Any] | None) -> None:
+    def _conclude(self, run: Run, version: str, compared: dict[str, Any] | None, active_at_start: str | None) -> None:
         """Enter the version, promote it if the guard lets it, and end the run: all of it or nothing."""
         try:
             _, manifest = self._registry.load(version)
@@ -265,9 +267,8 @@ class Worker:
                     raise RunCancelled("cancelled just before it was done")
                 promotion.lock(connection)
                 active = promotion.active_version(connection)
-                decision = promotion.decide(
-                    run.promote, manifest.as_json(), None if active is None else active.manifest, compared
-                )
+                manifest_now = None if active is None else active.manifest
+                decision = promotion.decide(run.promote, manifest.as_json(), manifest_now, compared, active_at_start)
                 recipe = versions.recipe_name(manifest)
                 promotion.add_candidate(connection, version, recipe, manifest.as_json(), run.run_id)
                 audit.record(connection, "worker", "model.publish", version, {"run_id": run.run_id})
