@@ -1,6 +1,7 @@
 """The engine: SQLite in WAL mode or PostgreSQL, told apart by the URL alone."""
 
 import sqlite3
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +13,7 @@ from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 BUSY_TIMEOUT_SECONDS = 30
+BUSY_POLL_SECONDS = 0.001
 CONNECT_TIMEOUT_SECONDS = 3
 POOL_TIMEOUT_SECONDS = 5
 
@@ -50,7 +52,32 @@ def _prepare_sqlite(connection: sqlite3.Connection, _record: object) -> None:
 
 
 def _begin_sqlite(connection: Connection) -> None:
-    connection.exec_driver_sql(connection.get_execution_options().get("sqlite_begin", "BEGIN"))
+    begin = connection.get_execution_options().get("sqlite_begin", "BEGIN")
+    if begin != "BEGIN":
+        _begin_writing(connection.connection.driver_connection, begin)
+    else:
+        connection.exec_driver_sql(begin)
+
+
+def _begin_writing(connection: Any, begin: str) -> None:
+    """Take SQLite's write lock as soon as it is free.
+
+    SQLite itself sleeps up to 100 ms between two looks, which one process's many short transactions could turn
+    into seconds for another's.
+    """
+    deadline = time.monotonic() + BUSY_TIMEOUT_SECONDS
+    connection.execute("PRAGMA busy_timeout = 0")
+    try:
+        while True:
+            try:
+                connection.execute(begin)
+                return
+            except sqlite3.OperationalError as error:
+                if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
+                    raise OperationalError(begin, None, error) from error
+            time.sleep(BUSY_POLL_SECONDS)
+    finally:
+        connection.execute(f"PRAGMA busy_timeout = {BUSY_TIMEOUT_SECONDS * 1000}")
 
 
 @contextmanager
