@@ -178,22 +178,37 @@ def _on(indices: npt.NDArray[Any], like: Tensor) -> Tensor:
 
 
 def _ranks(scores: Tensor, rows: npt.NDArray[np.int64], items: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """Count what stands above each (row, item): higher scores, and equal ones of a lower index. No sorting."""
-    ranks = np.empty(len(rows), np.int64)
-    for first in range(0, len(rows), len(scores)):
-        part = slice(first, first + len(scores))
-        row, item = _on(rows[part], scores), _on(items[part], scores)
-        own = scores[row, item].unsqueeze(1)
-        # With one target a user, as after leave-one-out, the block is the batch itself.
-        block = scores if len(rows) == len(scores) else scores[row]
-        above = _count(block > own)
-        tied = torch.nonzero(_count(block >= own) > above + 1).flatten()
-        if len(tied):
-            lower = torch.arange(scores.shape[1], device=scores.device) < item[tied].unsqueeze(1)
-            above[tied] += _count((block[tied] == own[tied]) & lower)
-        above[own.squeeze(1) == _NEVER] = ABSENT
-        ranks[part] = above.cpu().numpy()
-    return ranks
+    """Count what stands above each (row, item): higher scores, and equal ones of a lower index; rows are sorted."""
+    row, item = _on(rows, scores), _on(items, scores)
+    own = scores[row, item]
+    if len(rows) == len(scores):  # one target a user, as after leave-one-out: no sorting
+        above, at_least = _count(scores > own.unsqueeze(1)), _count(scores >= own.unsqueeze(1))
+    else:
+        above, at_least = _counts_by_sorting(scores, row, own)
+    tied = torch.nonzero((at_least > above + 1) & (own > _NEVER)).flatten()
+    places = torch.arange(scores.shape[1], device=scores.device)
+    for part in tied.split(len(scores)):
+        same = scores[row[part]] == own[part].unsqueeze(1)
+        above[part] += _count(same & (places < item[part].unsqueeze(1)))
+    above[own == _NEVER] = ABSENT
+    return above.cpu().numpy()
+
+
+def _counts_by_sorting(scores: Tensor, row: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
+    """Count, for several targets a row, the scores above and those not below each.
+
+    Sorting bare values once a row and searching each target in them costs less than a pass for every target.
+    """
+    on_cpu = scores.device.type == "cpu"
+    ascending = torch.from_numpy(np.sort(scores.numpy(), axis=1)) if on_cpu else scores.sort(dim=1)[0]
+    counts = torch.bincount(row, minlength=len(scores))
+    column = torch.arange(len(row), device=row.device) - (counts.cumsum(0) - counts)[row]
+    wanted = scores.new_zeros(len(scores), int(counts.max()))
+    wanted[row, column] = own
+    size = scores.shape[1]
+    above = size - torch.searchsorted(ascending, wanted, right=True)[row, column]
+    at_least = size - torch.searchsorted(ascending, wanted)[row, column]
+    return above, at_least
 
 
 def _keep_sampled(

@@ -61,19 +61,31 @@ def best(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
         return values, indices
     if bool(torch.isnan(values[:, 0]).any()):  # the largest of all to topk
         raise ValueError("the model's scores are not numbers: train it again with a lower learning rate")
-    # One more than asked for shows a tie across the end of the list, which topk settles arbitrarily.
-    tied = ((values[:, 1:] == values[:, :-1]) & (values[:, 1:] > _NEVER)).any(dim=1)
-    values, indices = values[:, :k], indices[:, :k]
-    if bool(tied.any()):
-        values, indices = values.clone(), indices.clone()
-        for row in torch.nonzero(tied).flatten().tolist():
-            lowest = values[row, -1]
-            # In order of index, so that a stable sort keeps the lower index first.
-            contenders = torch.nonzero(scores[row] >= lowest).flatten()
-            order = torch.argsort(scores[row, contenders], descending=True, stable=True)[: values.shape[1]]
-            indices[row] = contenders[order]
-            values[row] = scores[row, indices[row]]
+    # One more than asked for shows a tie across the end of the list, which topk settles as it likes.
+    finite = values > _NEVER
+    tied = ((values[:, 1:] == values[:, :-1]) & finite[:, 1:]).any(dim=1)
+    if not bool(tied.any()):
+        return values[:, :k], indices[:, :k].masked_fill(~finite[:, :k], UNKNOWN)
+    rows = torch.nonzero(tied).flatten()
+    chosen = _settle(scores[rows], values[rows], indices[rows], k)
+    values, indices = values[:, :k].clone(), indices[:, :k].clone()
+    values[rows], indices[rows] = chosen
     return values, indices.masked_fill(values == _NEVER, UNKNOWN)
+
+
+def _settle(scores: Tensor, values: Tensor, indices: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Choose among equal scores the lower indices, and list them in that order."""
+    if values.shape[1] > k:
+        last = values[:, k - 1 : k]
+        places = torch.arange(scores.shape[1], device=scores.device, dtype=torch.int32)
+        # The lowest indices among those that tie for the end of the list, in order.
+        ends = torch.topk(torch.where(scores == last, -places, -scores.shape[1]), k, dim=1)[1]
+        above = (values[:, :k] > last).sum(1, keepdim=True)
+        place = torch.arange(k, device=scores.device)
+        indices = torch.where(place < above, indices[:, :k], ends.gather(1, (place - above).clamp(min=0)))
+    indices = indices.sort(dim=1)[0]
+    values, order = scores.gather(1, indices).sort(dim=1, descending=True, stable=True)
+    return values, indices.gather(1, order)
 
 
 class Recommender:
