@@ -187,7 +187,7 @@ def _ranks(scores: Tensor, rows: npt.NDArray[np.int64], items: npt.NDArray[np.in
         above, at_least = _counts_by_sorting(scores, row, own)
     tied = torch.nonzero((at_least > above + 1) & (own > _NEVER)).flatten()
     places = torch.arange(scores.shape[1], device=scores.device)
-    for part in tied.split(len(scores)):
+    for part in torch.split(tied, len(scores)):
         same = scores[row[part]] == own[part].unsqueeze(1)
         above[part] += _count(same & (places < item[part].unsqueeze(1)))
     above[own == _NEVER] = ABSENT
