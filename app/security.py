@@ -223,6 +223,7 @@ class KeyRing:
             self._keys.pop(sha256, None)
             return None
         row = _row(found)
+        self._has_keys = True
         self._keys[sha256] = (asked, row)
         while len(self._keys) > MAX_CACHED_KEYS:
             self._keys.popitem(last=False)

@@ -14,6 +14,7 @@ from sqlalchemy.engine import URL, Engine, make_url
 
 from app.database import create_engine
 from app.migrations import migrate
+from app.tables import metadata
 
 
 @pytest.fixture(scope="session")
@@ -73,15 +74,56 @@ def sqlite_url(sqlite_template: Path, tmp_path: Path) -> str:
     return f"sqlite:///{path}"
 
 
+# What a test must leave as it was for the next one to take its database over: tables, columns, indexes, revision.
+SCHEMA = """
+    SELECT md5(string_agg(line, ',' ORDER BY line)) FROM (
+        SELECT table_name || column_name || data_type || is_nullable || coalesce(column_default, '') AS line
+        FROM information_schema.columns WHERE table_schema = 'public'
+        UNION ALL SELECT indexdef FROM pg_indexes WHERE schemaname = 'public'
+        UNION ALL SELECT version_num FROM alembic_version
+    ) AS lines
+"""
+
+
+@pytest.fixture(scope="session")
+def postgresql_emptied() -> list[str]:
+    """Databases that tests are through with, emptied: a copy of the template for each test would take much longer."""
+    return []
+
+
 @pytest.fixture
-def postgresql_url(postgresql_server: Engine, postgresql_template: str) -> Iterator[str]:
+def postgresql_url(postgresql_server: Engine, postgresql_template: str, postgresql_emptied: list[str]) -> Iterator[str]:
     """The URL of a migrated PostgreSQL database of the test's own."""
-    name = f"test_{uuid4().hex}"
-    with postgresql_server.connect() as connection:
-        connection.exec_driver_sql(f"CREATE DATABASE {name} TEMPLATE {postgresql_template}")
+    if postgresql_emptied:
+        name = postgresql_emptied.pop()
+    else:
+        name = f"test_{uuid4().hex}"
+        with postgresql_server.connect() as connection:
+            connection.exec_driver_sql(f"CREATE DATABASE {name} TEMPLATE {postgresql_template}")
     yield postgresql_server.url.set(database=name).render_as_string(hide_password=False)
     with postgresql_server.connect() as connection:
-        connection.exec_driver_sql(f"DROP DATABASE IF EXISTS {name} WITH (FORCE)")
+        terminate = f"SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE datname = '{name}'"
+        connection.exec_driver_sql(terminate)
+        if _emptied(postgresql_server.url, name, postgresql_template):
+            postgresql_emptied.append(name)
+        else:
+            connection.exec_driver_sql(f"DROP DATABASE IF EXISTS {name} WITH (FORCE)")
+
+
+def _emptied(server: URL, name: str, template: str) -> bool:
+    """Empty a database; False if a test left it in another form than it was."""
+    schemas = []
+    for database in (name, template):
+        engine = sa.create_engine(server.set(database=database), poolclass=sa.NullPool)
+        try:
+            with engine.begin() as connection:
+                schemas.append(connection.exec_driver_sql(SCHEMA).scalar())
+                if database == name:
+                    tables = ", ".join(metadata.tables)
+                    connection.exec_driver_sql(f"TRUNCATE {tables} RESTART IDENTITY CASCADE")
+        except sa.exc.DBAPIError:
+            return False  # as where the test took the database away
+    return schemas[0] == schemas[1]
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
