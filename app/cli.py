@@ -13,14 +13,14 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-keys = typer.Typer(help="Make, list and revoke API keys.", no_args_is_help=True)
+keys = typer.Typer(help="Make, list, rotate and revoke API keys.", no_args_is_help=True)
 models = typer.Typer(help="See, activate and roll back model versions.", no_args_is_help=True)
 runs = typer.Typer(help="See and cancel training runs.", no_args_is_help=True)
 
 
 @keys.callback()
 def keys_group() -> None:
-    """Make, list and revoke API keys."""
+    """Make, list, rotate and revoke API keys."""
 
 
 @models.callback()
@@ -160,6 +160,61 @@ def retrain(
     from app.training.commands import retrain_command
 
     retrain_command(recipe, overrides=overrides or (), promote=promote, warm_start=warm_start, wait=wait, as_json=json)
+
+
+@app.command()
+def migrate() -> None:
+    """Bring the database to the tables of this release; every command that needs them does so by itself."""
+    from app.keys import migrate_command
+
+    migrate_command()
+
+
+KeyArgument = Annotated[str, typer.Argument(help="The key's id: the 12 characters after `sl_`.")]
+
+
+@keys.command("create")
+def keys_create(
+    name: Annotated[str, typer.Argument(help="What the key is for.")],
+    scope: Annotated[
+        list[str] | None,
+        typer.Option(help="recommend, feedback or admin; repeatable; recommend and feedback if not given."),
+    ] = None,
+    expires_days: Annotated[float | None, typer.Option(help="Days until it expires; never if not given.")] = None,
+    json: JsonOption = False,
+) -> None:
+    """Make a key and print it, this once."""
+    from app.keys import keys_create_command
+
+    keys_create_command(name, scopes=scope or ("recommend", "feedback"), expires_days=expires_days, as_json=json)
+
+
+@keys.command("list")
+def keys_list(json: JsonOption = False) -> None:
+    """List the keys, oldest first."""
+    from app.keys import keys_list_command
+
+    keys_list_command(as_json=json)
+
+
+@keys.command("rotate")
+def keys_rotate(
+    key_id: KeyArgument,
+    grace_hours: Annotated[float, typer.Option(help="How long the old key still works.")] = 24.0,
+    json: JsonOption = False,
+) -> None:
+    """Make a key with the scopes of an old one, which works on for a while."""
+    from app.keys import keys_rotate_command
+
+    keys_rotate_command(key_id, grace_hours=grace_hours, as_json=json)
+
+
+@keys.command("revoke")
+def keys_revoke(key_id: KeyArgument) -> None:
+    """Revoke a key."""
+    from app.keys import keys_revoke_command
+
+    keys_revoke_command(key_id)
 
 
 LimitOption = Annotated[int, typer.Option(min=1, max=1000, help="How many to show at most.")]

@@ -1,0 +1,95 @@
+"""Erasing waits for events under way, so that none appears later among those that are gone."""
+
+import threading
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+import sqlalchemy as sa
+from sqlalchemy.engine import Engine
+
+from app.database import create_engine, writing
+from app.erasure import Erased, erase, subject_sha256
+from app.tables import audit_log, erasures, events, recommendation_log, users
+
+NOW = datetime(2026, 11, 21, 9, 30, tzinfo=UTC)
+
+
+def event(user: str, number: int, item: str = "i") -> dict[str, object]:
+    ids = {"user_id": user, "event_id": str(number), "item_id": item}
+    return {**ids, "type": "click", "occurred_at": NOW, "received_at": NOW}
+
+
+def log_row(user: str, number: int) -> dict[str, object]:
+    texts = {"recommendation_id": str(number), "user_id": user, "surface": "home", "policy": "p", "source": "model"}
+    lists: dict[str, object] = {name: [] for name in ("item_ids", "scores", "propensities", "explorations")}
+    return {**texts, **lists, "filters": {}, "candidate_count": 0, "created_at": NOW}
+
+
+def test_a_user_is_erased_once(engine: Engine) -> None:
+    with writing(engine) as connection:
+        connection.execute(sa.insert(events), [event(user, n) for n, user in enumerate(["a", "b", "a", "c"])])
+        connection.execute(sa.insert(recommendation_log), [log_row("a", 1), log_row("b", 2)])
+        connection.execute(sa.insert(users), {"user_id": "a", "metadata": {}, "created_at": NOW, "updated_at": NOW})
+        newest = connection.execute(sa.select(sa.func.max(events.c.position))).scalar()
+    assert erase(engine, "user", "a", actor="cli") == Erased(catalog=1, events=2, log_rows=1)
+    assert not erase(engine, "user", "a", actor="cli")
+    assert not erase(engine, "item", "nothing", actor="cli")
+    with engine.connect() as connection:
+        assert connection.execute(sa.select(events.c.user_id).order_by(events.c.position)).scalars().all() == ["b", "c"]
+        assert connection.execute(sa.select(recommendation_log.c.user_id)).scalars().all() == ["b"]
+        (erased,) = connection.execute(sa.select(erasures)).mappings().all()
+        (audited,) = connection.execute(sa.select(audit_log)).mappings().all()
+    assert (erased["kind"], erased["subject_sha256"], erased["through_position"]) == (
+        "user",
+        subject_sha256("a"),
+        newest,
+    )
+    assert audited["subject"] == f"sha256:{subject_sha256('a')}"
+    assert audited["details"] == {"catalog": 1, "events": 2, "log_rows": 1}
+
+
+def test_an_item_is_erased_with_everyones_events(engine: Engine) -> None:
+    with writing(engine) as connection:
+        connection.execute(sa.insert(events), [event("a", 1, "i"), event("b", 2, "i"), event("a", 3, "j")])
+    assert erase(engine, "item", "i", actor="cli") == Erased(catalog=0, events=2, log_rows=0)
+    with engine.connect() as connection:
+        assert connection.execute(sa.select(events.c.item_id)).scalars().all() == ["j"]
+
+
+@pytest.mark.parametrize("user", ["a", "b"])
+def test_events_under_way_are_waited_for(engine: Engine, user: str) -> None:
+    """An event that took a lower position and commits later would be dropped with the erased ones, or outlive them."""
+    with writing(engine) as connection:
+        connection.execute(sa.insert(events), event("a", 0))
+    outcome: list[Erased] = []
+    eraser = threading.Thread(target=lambda: outcome.append(erase(engine, "user", "a", actor="cli")))
+    with writing(engine) as connection:
+        connection.execute(sa.insert(events), event(user, 1))
+        eraser.start()
+        eraser.join(0.2)
+        assert eraser.is_alive(), "it must wait for the open transaction"
+    eraser.join(30)
+    assert outcome == [Erased(catalog=0, events=2 if user == "a" else 1, log_rows=0)]
+    with writing(engine) as connection:
+        connection.execute(sa.insert(events), event("a", 2))
+    with engine.connect() as connection:
+        through = connection.execute(sa.select(erasures.c.through_position)).scalar_one()
+        left = connection.execute(sa.select(events.c.user_id, events.c.position)).all()
+    assert all(name != "a" or position > through for name, position in left)
+    assert len(left) == (1 if user == "a" else 2)
+
+
+def test_what_is_erased_is_gone_from_the_file(sqlite_url: str) -> None:
+    path = Path(sqlite_url.removeprefix("sqlite:///"))
+    engine = create_engine(sqlite_url)
+    with writing(engine) as connection:
+        connection.execute(sa.insert(events), [event(f"user-{n}", n) for n in range(200)])
+        connection.execute(sa.insert(events), event("somebody-unmistakable", 1))
+    erase(engine, "user", "somebody-unmistakable", actor="cli")
+    with engine.connect() as connection:
+        connection.commit()
+        connection.connection.driver_connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    engine.dispose()
+    assert b"somebody-unmistakable" not in path.read_bytes()
+    assert b"user-199" in path.read_bytes()
