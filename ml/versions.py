@@ -164,7 +164,10 @@ def list_command(store_url: str, *, as_json: bool) -> None:
 
 def interactions_of(store: Store, snapshot_hash: str) -> Interactions:
     """Read the interactions of a snapshot; ValueError if it is missing or damaged."""
-    snapshot = read_snapshot(store, snapshot_hash)
+    try:
+        snapshot = read_snapshot(store, snapshot_hash)
+    except KeyError:
+        raise ValueError(f"the store holds no snapshot {snapshot_hash[:80]!r}") from None
     return Interactions.from_events(read_parts(store, snapshot), snapshot.meanings)
 
 
