@@ -27,6 +27,14 @@ class Device(StrEnum):
     CUDA = "cuda"
 
 
+class UsersIn(StrEnum):
+    """Where a line of sequences names its user; `auto` looks whether the first words of all lines differ."""
+
+    AUTO = "auto"
+    FIRST = "first"
+    LINES = "lines"
+
+
 Data = Annotated[Path, typer.Option("--data", help="A data set: a folder or a file.")]
 Format = Annotated[
     str | None,
@@ -58,6 +66,51 @@ def plain_errors() -> Iterator[None]:
     except (ValueError, OSError) as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from None
+
+
+@app.command("import")
+def import_(
+    data: Data,
+    store: StoreUrl,
+    format: Format = None,  # noqa: A002
+    columns: Annotated[
+        list[str] | None,
+        typer.Option("--column", help="Name a column: user=, item=, type=, value= or time=COLUMN. Repeatable."),
+    ] = None,
+    users: Annotated[
+        UsersIn, typer.Option(help="What names the user of a line of sequences: its first word or its number.")
+    ] = UsersIn.AUTO,
+    max_bad_share: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="End with an error if more than this share of the rows is bad.")
+    ] = 0.05,
+    rejects: Annotated[Path | None, typer.Option(help="Write the bad rows to this file: line, reason, raw.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Read files of events into a snapshot, which `train` trains on."""
+    with plain_errors():
+        from ml.importing import import_command
+
+        import_command(
+            data=data, store_url=store, format=format, columns=columns or [], users=users.value,
+            max_bad_share=max_bad_share, rejects_path=rejects, as_json=as_json,
+        )  # fmt: skip
+
+
+@app.command()
+def simulate(
+    out: Annotated[Path, typer.Option(help="The folder to write events and items to.")],
+    users: Annotated[int, typer.Option(min=1, help="Number of users.")] = 2_000,
+    items: Annotated[int, typer.Option(min=20, help="Number of items.")] = 1_000,
+    events: Annotated[int, typer.Option(min=2, help="Number of events.")] = 100_000,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same data.")] = 0,
+    format: Annotated[str, typer.Option("--format", help="csv or parquet.")] = "csv",  # noqa: A002
+    as_json: Json = False,
+) -> None:
+    """Generate users with tastes and habits, items with titles and categories, and what the users did."""
+    with plain_errors():
+        from ml.importing import simulate_command
+
+        simulate_command(out=out, users=users, items=items, events=events, seed=seed, format=format, as_json=as_json)
 
 
 @app.command()

@@ -150,7 +150,8 @@ def _conform(table: pa.Table) -> pa.Table:
     columns = []
     for field in PART_SCHEMA:
         if field.name in table.column_names:
-            columns.append(table[field.name].cast(field.type))
+            # Other engines write times to the nanosecond.
+            columns.append(table[field.name].cast(field.type, safe=field.name != "time"))
         elif field.name in _OPTIONAL:
             columns.append(pa.nulls(table.num_rows, field.type))
         else:

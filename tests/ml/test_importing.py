@@ -1,0 +1,82 @@
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from ml import importing
+from ml.__main__ import app
+from ml.importers import RejectLog, TooManyRejects, open_source
+from ml.interactions import Interactions
+from ml.snapshots import read_parts, read_snapshot
+from ml.store import FolderStore, open_store
+
+
+def run(*arguments: object) -> str:
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def test_simulated_files_become_a_snapshot_twice_the_same(tmp_path: Path) -> None:
+    facts = json.loads(
+        run("simulate", "--out", tmp_path / "data", "--users", 50, "--items", 40, "--events", 900, "--json")
+    )
+    assert facts["events"] == 900
+    assert "ml experiment" in run(
+        "simulate", "--out", tmp_path / "again", "--users", 50, "--items", 40, "--events", 900
+    )
+    first = json.loads(run("import", "--data", tmp_path / "data", "--store", tmp_path / "store", "--json"))
+    assert (first["events"], first["rejected"], first["watermark"]["position"]) == (900, 0, 900)
+    assert first["watermark"]["time"] == facts["through"]
+    second = json.loads(run("import", "--data", tmp_path / "data", "--store", tmp_path / "store", "--json"))
+    assert second["snapshot"] == first["snapshot"]
+    store = open_store(tmp_path / "store")
+    snapshot = read_snapshot(store, first["snapshot"])
+    interactions = Interactions.from_events(read_parts(store, snapshot), snapshot.meanings)
+    assert (len(interactions), interactions.num_users) == (900, 50)
+    assert first["snapshot"] in run("import", "--data", tmp_path / "data", "--store", tmp_path / "store")
+
+
+def test_named_columns_and_rejects(tmp_path: Path) -> None:
+    data = tmp_path / "log.csv"
+    data.write_text("who,what\na,x\nb,y/z\na,y\n")
+    columns = ["--column", "user=who", "--column", "item=what"]
+    options = ["--data", data, "--store", tmp_path / "store", "--rejects", tmp_path / "rejects.csv"]
+    text = run("import", *options, *columns, "--max-bad-share", 0.5)
+    assert "2 events in 1 parts, 1 rows refused" in text
+    assert "item id holds a slash" in (tmp_path / "rejects.csv").read_text()
+    for wrong, message in (
+        (columns, "more than 5.0%"),
+        (["--column", "who"], "names no column"),
+        ([], "no column 'user_id'"),
+    ):
+        result = CliRunner().invoke(app, ["import", *map(str, options), *wrong])
+        assert result.exit_code == 2
+        assert message in result.stderr
+
+
+def test_parts_hold_the_same_events_however_they_are_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = tmp_path / "pairs.txt"
+    data.write_text("".join(f"u{number % 7} i{number}\n" for number in range(250)))
+    monkeypatch.setattr(importing, "ROWS_PER_PART", 100)
+    store = FolderStore(tmp_path / "store")
+    with RejectLog() as rejects:
+        snapshot = importing.import_snapshot(open_source(data), store, rejects)
+    assert [part.rows for part in snapshot.parts] == [100, 100, 50]
+    tables = list(read_parts(store, snapshot))
+    assert [number for table in tables for number in table.column("position").to_pylist()] == list(range(1, 251))
+    interactions = Interactions.from_events(tables, snapshot.meanings)
+    assert interactions.items.ids(interactions.history(0)[:3]) == ["i0", "i7", "i14"]
+
+
+def test_what_is_refused_leaves_no_snapshot(tmp_path: Path) -> None:
+    store = FolderStore(tmp_path / "store")
+    bad = tmp_path / "pairs.txt"
+    bad.write_text("a\nb\nc x\n")
+    with pytest.raises(TooManyRejects, match="2 of 3 rows"), RejectLog() as rejects:
+        importing.import_snapshot(open_source(bad), store, rejects)
+    assert store.list("snapshots") == []
+    bad.write_text("a\n")
+    with pytest.raises(ValueError, match="holds no event"), RejectLog(max_bad_share=1) as rejects:
+        importing.import_snapshot(open_source(bad), store, rejects)
