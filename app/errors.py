@@ -86,18 +86,17 @@ def too_large(limit: object) -> Problem:
 
 
 def responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """What a route may answer beside success, for its OpenAPI description: `responses=responses(404, 422)`.
+    """What a route may answer beside success, for its OpenAPI description: `responses=responses(404)`.
 
-    500 is always among them. 401, 403 and 503 go with every route that checks a key.
+    `install` adds what goes without saying: 500; 401, 403 and 503 where a key is checked; 413 where there is a body;
+    422 where there is anything to get wrong.
     """
-    return {
-        status: {
-            "description": http.HTTPStatus(status).phrase,
-            "model": ProblemDocument,
-            "content": {MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/ProblemDocument"}}},
-        }
-        for status in sorted({*statuses, 500})
-    }
+    return {status: {**_description(status), "model": ProblemDocument} for status in sorted({*statuses, 500})}
+
+
+def _description(status: int) -> dict[str, Any]:
+    schema = {"$ref": "#/components/schemas/ProblemDocument"}
+    return {"description": http.HTTPStatus(status).phrase, "content": {MEDIA_TYPE: {"schema": schema}}}
 
 
 def install(app: FastAPI) -> None:
@@ -119,12 +118,30 @@ def install(app: FastAPI) -> None:
 
 
 def _describe_as_problems(description: dict[str, Any]) -> None:
-    """Take out the `application/json` that FastAPI adds to every answer with a model: errors have one media type."""
-    for path in description["paths"].values():
-        for operation in path.values():
-            for answer in operation["responses"].values():
-                if MEDIA_TYPE in answer.get("content", {}):
-                    answer["content"].pop("application/json", None)
+    """Describe every error as a problem document, and those that go without saying."""
+    schemas = description.setdefault("components", {}).setdefault("schemas", {})
+    for model in (ProblemDocument, FieldError):
+        schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
+        schema.pop("$defs", None)
+        schemas[model.__name__] = schema
+    for operation in (operation for path in description["paths"].values() for operation in path.values()):
+        answers = operation["responses"]
+        if "HTTPValidationError" in str(answers.get("422")):
+            answers["422"] = _description(422)
+        expected = [500]
+        if operation.get("security"):
+            expected += [401, 403, 503]
+        if "requestBody" in operation:
+            expected += [413, 422]
+        for status in expected:
+            answers.setdefault(str(status), _description(status))
+        for answer in answers.values():
+            if MEDIA_TYPE in answer.get("content", {}):
+                # FastAPI adds its own media type to every answer with a model; errors have one alone.
+                answer["content"].pop("application/json", None)
+        operation["responses"] = dict(sorted(answers.items()))
+    schemas.pop("HTTPValidationError", None)
+    schemas.pop("ValidationError", None)
 
 
 async def _problem(_request: Request, error: Exception) -> Response:

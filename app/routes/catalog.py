@@ -122,19 +122,19 @@ _IMPORT_BODY = {
     }
 }
 _EXPORT = {
-    **responses(401, 403, 422, 503),
+    **responses(422),
     200: {
         "description": "One row a line.",
         "content": _LINES,
     },
 }
-_IMPORT = responses(401, 403, 413, 415, 422, 503)
+_IMPORT = responses(415)
 
 
 # --- items ---------------------------------------------------------------------------------------------------------
 
 
-@router.get("/items", tags=["items"], responses=responses(401, 403, 422, 503))
+@router.get("/items", tags=["items"])
 def list_items(service: ServiceDep, _: Admin, limit: Limit = 100, cursor: Cursor = None) -> Items:
     """List items in order of their ids."""
     rows, following = _page(service, "item", limit, cursor)
@@ -153,7 +153,7 @@ async def import_items(request: Request, service: ServiceDep, caller: Admin) -> 
     return await _import(request, service, "item", caller.key_id)
 
 
-@router.get("/items/{item_id}", tags=["items"], responses=responses(401, 403, 404, 422, 503))
+@router.get("/items/{item_id}", tags=["items"], responses=responses(404))
 def read_item(item_id: ItemPath, service: ServiceDep, _: Recommend) -> Item:
     """Read one item."""
     return Item.model_validate(_read(service, "item", item_id))
@@ -162,14 +162,14 @@ def read_item(item_id: ItemPath, service: ServiceDep, _: Recommend) -> Item:
 @router.put(
     "/items/{item_id}",
     tags=["items"],
-    responses={201: {"model": Item, "description": "Created"}, **responses(401, 403, 413, 422, 503)},
+    responses={201: {"model": Item, "description": "Created"}},
 )
 def put_item(item_id: ItemPath, body: ItemBody, response: Response, service: ServiceDep, caller: Admin) -> Item:
     """Create an item, or replace what is known of it: what the body leaves out takes its default."""
     return Item.model_validate(_put(service, "item", item_id, body, response, caller.key_id))
 
 
-@router.delete("/items/{item_id}", tags=["items"], status_code=204, responses=responses(401, 403, 422, 503))
+@router.delete("/items/{item_id}", tags=["items"], status_code=204)
 def delete_item(item_id: ItemPath, service: ServiceDep, caller: Admin) -> None:
     """Erase an item and all events about it; the answer is the same when there is nothing left to erase."""
     _erase(service, "item", item_id, caller.key_id)
@@ -178,7 +178,7 @@ def delete_item(item_id: ItemPath, service: ServiceDep, caller: Admin) -> None:
 # --- users ---------------------------------------------------------------------------------------------------------
 
 
-@router.get("/users", tags=["users"], responses=responses(401, 403, 422, 503))
+@router.get("/users", tags=["users"])
 def list_users(service: ServiceDep, _: Admin, limit: Limit = 100, cursor: Cursor = None) -> Users:
     """List users in order of their ids."""
     rows, following = _page(service, "user", limit, cursor)
@@ -197,7 +197,7 @@ async def import_users(request: Request, service: ServiceDep, caller: Admin) -> 
     return await _import(request, service, "user", caller.key_id)
 
 
-@router.get("/users/{user_id}", tags=["users"], responses=responses(401, 403, 404, 422, 503))
+@router.get("/users/{user_id}", tags=["users"], responses=responses(404))
 def read_user(user_id: UserPath, service: ServiceDep, _: Recommend) -> User:
     """Read one user."""
     return User.model_validate(_read(service, "user", user_id))
@@ -206,14 +206,14 @@ def read_user(user_id: UserPath, service: ServiceDep, _: Recommend) -> User:
 @router.put(
     "/users/{user_id}",
     tags=["users"],
-    responses={201: {"model": User, "description": "Created"}, **responses(401, 403, 413, 422, 503)},
+    responses={201: {"model": User, "description": "Created"}},
 )
 def put_user(user_id: UserPath, body: UserBody, response: Response, service: ServiceDep, caller: Admin) -> User:
     """Create a user, or replace what is known of them."""
     return User.model_validate(_put(service, "user", user_id, body, response, caller.key_id))
 
 
-@router.delete("/users/{user_id}", tags=["users"], status_code=204, responses=responses(401, 403, 422, 503))
+@router.delete("/users/{user_id}", tags=["users"], status_code=204)
 def delete_user(user_id: UserPath, service: ServiceDep, caller: Admin) -> None:
     """Erase a user with all their events, their history and what they were shown; 204 also when nothing is left."""
     _erase(service, "user", user_id, caller.key_id)
@@ -222,7 +222,7 @@ def delete_user(user_id: UserPath, service: ServiceDep, caller: Admin) -> None:
 # --- audit trail ---------------------------------------------------------------------------------------------------
 
 
-@router.get("/admin/audit", tags=["admin"], responses=responses(401, 403, 422, 503))
+@router.get("/admin/audit", tags=["admin"])
 def audit_trail(service: ServiceDep, _: Admin, limit: Limit = 100, cursor: Cursor = None) -> AuditTrail:
     """What admins did, the newest first."""
     before = _decode(cursor, "audit")
