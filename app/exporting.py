@@ -110,7 +110,7 @@ class JsonLinesSink:
 
 
 class CsvSink:
-    """CSV with a header. Categories are joined with `|`, or written as a JSON list where that would be ambiguous."""
+    """CSV with a header; `|` between categories (one that holds a `|` survives in the other formats alone)."""
 
     def __init__(self, out: IO[bytes], schema: pa.Schema) -> None:
         self._out, self._names = out, schema.names
@@ -128,8 +128,7 @@ class CsvSink:
         if isinstance(value, bool):
             return str(value).lower()
         if isinstance(value, list):
-            plain = not any("|" in part or part.startswith("[") for part in value)
-            return "|".join(value) if plain else json.dumps(value, ensure_ascii=False)
+            return "|".join(value)
         return _json_text(value) if isinstance(value, dict) else value
 
     def write(self, page: Sequence[Row]) -> None:

@@ -4,28 +4,38 @@ An import that was killed is finished by running it again: every row gets the sa
 that is stored is not stored twice.
 """
 
+import csv
 import hashlib
 import json
+import tempfile
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
+from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import typer
+from pydantic import ValidationError
 from sqlalchemy.engine import Engine
 from sqlalchemy.exc import DBAPIError
 
-from app.catalogue_writer import upsert_items, upsert_users
+from app import catalog_rows
+from app.bulk_import import LINES, PAUSE_SECONDS, ROWS_A_COMMIT, import_lines
+from app.catalog_rows import Kind
+from app.database import writing
+from app.errors import Problem
 from app.event_writer import EVENT_COLUMNS, open_writer
-from ml.importers import EventBatch, RejectLog, Source, open_source
+from app.identifiers import explain
+from ml.importers import EventBatch, Reject, RejectLog, Source, TooManyRejects, open_source
 
 # Rows that are sorted by user before they are written: the more, the fewer pages of the index a chunk touches.
 BUFFERED_ROWS = 1 << 18
@@ -64,10 +74,14 @@ def import_source(
     begun = time.monotonic()
     log = rejects if rejects is not None else RejectLog()
     report = ImportReport(source.name, source.format)
-    for changed in upsert_items(engine, source.catalogue()):
-        report.items += changed
-    for changed in upsert_users(engine, source.users()):
-        report.users += changed
+    items = (
+        {"item_id": item.item_id, **_said(item.title, item.categories, item.metadata)} for item in source.catalogue()
+    )
+    report.items = _merge(engine, "item", items, log)
+    users = ({"user_id": user.user_id, **_said(metadata=user.metadata)} for user in source.users())
+    report.users = _merge(engine, "user", users, log)
+    log.add_rejects(source.catalogue_rejects)
+    report.rejected = log.rejected
 
     def judged() -> Iterator[EventBatch]:
         for batch in source.encoded():
@@ -91,10 +105,41 @@ def import_source(
     return report
 
 
+def _said(title: str | None = None, categories: object = None, metadata: object = None) -> dict[str, Any]:
+    """What a source says of an item or user: no title is overwritten by none."""
+    known = {"title": title, "categories": categories, "metadata": metadata}
+    return {name: value for name, value in known.items() if value}
+
+
+def _merge(engine: Engine, kind: Kind, rows: Iterable[dict[str, Any]], log: RejectLog) -> int:
+    """Add users or items and what is known of them; returns the number that are new or changed."""
+    changed = 0
+    checked = (row for number, row in enumerate(rows, 1) if _is_valid(kind, number, row, log))
+    while page := list(islice(checked, ROWS_A_COMMIT)):
+        with writing(engine) as connection:
+            written = catalog_rows.merge(connection, kind, page)
+        changed += written.created + written.updated
+        if engine.dialect.name == "sqlite":
+            time.sleep(PAUSE_SECONDS)
+    return changed
+
+
+def _is_valid(kind: Kind, number: int, row: dict[str, Any], log: RejectLog) -> bool:
+    try:
+        LINES[kind].model_validate(row)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        log.add_rejects([Reject(number, f"{kind}: {first['loc'][0]}: {explain(dict(first))}", str(row)[:200])])
+        return False
+    return True
+
+
 class _Buffer(NamedTuple):
     table: pa.Table
     rows: npt.NDArray[np.int64]
     progress: float
+    event_ids: pa.Array
+    retracts: pa.Array
 
 
 def _buffers(batches: Iterable[EventBatch]) -> Iterator[_Buffer]:
@@ -115,7 +160,17 @@ def _buffers(batches: Iterable[EventBatch]) -> Iterator[_Buffer]:
 
 def _joined(batches: list[EventBatch], progress: float) -> _Buffer:
     table = pa.concat_tables([batch.table for batch in batches]).unify_dictionaries().combine_chunks()
-    return _Buffer(table, np.concatenate([batch.rows for batch in batches]), progress)
+    return _Buffer(
+        table,
+        np.concatenate([batch.rows for batch in batches]),
+        progress,
+        _named([(batch.event_ids, len(batch)) for batch in batches]),
+        _named([(batch.retracts, len(batch)) for batch in batches]),
+    )
+
+
+def _named(parts: Iterable[tuple[pa.Array | None, int]]) -> pa.Array:
+    return pa.concat_arrays([pa.nulls(rows, pa.string()) if ids is None else ids for ids, rows in parts])
 
 
 def _events(buffer: _Buffer, source: Source) -> pa.Table:
@@ -128,9 +183,9 @@ def _events(buffer: _Buffer, source: Source) -> pa.Table:
     columns = {
         **{name: table[name].cast(pa.string()) for name in ("user_id", "item_id", "type")},
         "value": table["value"],
-        "event_id": _event_ids(buffer, encoded, source),
+        "event_id": pc.coalesce(buffer.event_ids, _event_ids(buffer, encoded, source)),
         "occurred_at": table["time"].cast(pa.timestamp("us")),
-        "retracts": pa.nulls(table.num_rows, pa.string()),
+        "retracts": buffer.retracts,
     }
     codes, words = encoded["user_id"]
     ranks = np.empty(len(words), np.int64)
@@ -185,7 +240,9 @@ def summary(report: ImportReport) -> str:
     if report.rejected:
         parts.append(f"{report.rejected:,} bad rows left out")
     if report.items:
-        parts.append(f"{report.items:,} items described")
+        parts.append(f"{report.items:,} items added or changed")
+    if report.users:
+        parts.append(f"{report.users:,} users added or changed")
     return f"Imported {report.source} ({report.format}): {', '.join(parts)}, in {report.seconds:.1f} s."
 
 
@@ -193,6 +250,71 @@ def figures(report: ImportReport) -> str:
     """The running figures that stand beside a progress bar."""
     done = report.stored + report.duplicates
     return f"{done:,} events, {done / max(report.seconds, 1e-6):,.0f}/s"
+
+
+def catalogue_kind(path: Path) -> Kind | None:
+    """Whether a file holds items or users, as `shortlist export` writes them, rather than events."""
+    if not path.is_file():
+        return None
+    if path.suffix == ".parquet":
+        names = set(pq.read_schema(path).names)
+    elif path.suffix in (".csv", ".jsonl"):
+        with path.open(encoding="utf-8-sig", errors="replace") as file:
+            first = file.readline(1 << 20)
+        names = set(next(csv.reader([first]), [])) if path.suffix == ".csv" else _keys(first)
+    else:
+        return None
+    kinds: dict[Kind, str] = {"item": "item_id", "user": "user_id"}
+    found: list[Kind] = [kind for kind, column in kinds.items() if column in names]
+    # With both ids it holds events; with other columns it may, under names that the options give.
+    plain = {"item_id", "title", "categories", "hidden", "user_id", "metadata", "created_at", "updated_at"}
+    return found[0] if len(found) == 1 and names <= plain else None
+
+
+def _keys(line: str) -> set[str]:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return set()
+    return set(record) if isinstance(record, dict) else set()
+
+
+def import_catalogue(engine: Engine, path: Path, kind: Kind, *, rejects: RejectLog | None = None) -> ImportReport:
+    """Store a file of items or users; what a line leaves out stays as it is. Raises TooManyRejects at the end."""
+    begun = time.monotonic()
+    log = rejects if rejects is not None else RejectLog()
+    report = ImportReport(path.name, path.suffix.removeprefix("."))
+    with ExitStack() as stack:
+        if path.suffix == ".parquet":
+            file: IO[bytes] = stack.enter_context(tempfile.TemporaryFile())
+            _as_json_lines(path, file)
+            file.seek(0)
+        else:
+            file = stack.enter_context(path.open("rb"))
+        try:
+            outcome = import_lines(engine, kind, "csv" if path.suffix == ".csv" else "jsonl", file)
+        except Problem as problem:
+            raise TooManyRejects(
+                "; ".join([problem.detail or problem.title, *map(str, problem.errors[:3])])
+            ) from problem
+    log.accepted += outcome.rows - outcome.rejected
+    log.add_rejects(Reject(error.line, error.message, error.field or "") for error in outcome.errors)
+    report.rejected = log.rejected = outcome.rejected
+    changed = outcome.created + outcome.updated
+    report.items, report.users = (changed, 0) if kind == "item" else (0, changed)
+    report.seconds = time.monotonic() - begun
+    log.judge()
+    return report
+
+
+def _as_json_lines(path: Path, out: IO[bytes]) -> None:
+    with pq.ParquetFile(path) as opened:
+        for batch in opened.iter_batches(batch_size=10_000):
+            for row in batch.to_pylist():
+                if isinstance(row.get("metadata"), str):
+                    row["metadata"] = json.loads(row["metadata"])
+                said = {name: value for name, value in row.items() if value is not None}
+                out.write(json.dumps(said, default=str).encode() + b"\n")
 
 
 def import_command(
@@ -219,10 +341,15 @@ def import_command(
         show(share, figures(current))
 
     try:
-        source = open_source(path, format=format, columns=columns, latest=datetime.now(UTC) + FUTURE_TOLERANCE)
+        kind = None if columns or format not in ("auto", "csv", "jsonl", "parquet") else catalogue_kind(path)
+        latest = datetime.now(UTC) + FUTURE_TOLERANCE
+        source = None if kind else open_source(path, format=format, columns=columns, latest=latest)
         migrate(engine)
         with RejectLog(rejects, max_bad_share) as log, shown(f"Importing {path.name}") as show:
-            report = import_source(engine, source, rejects=log, on_progress=follow)
+            if kind:
+                report = import_catalogue(engine, path, kind, rejects=log)
+            elif source:
+                report = import_source(engine, source, rejects=log, on_progress=follow)
     except (ValueError, OSError, DBAPIError) as error:
         reason = f"the database failed: {error.orig}" if isinstance(error, DBAPIError) else str(error)
         typer.echo(f"Error: {reason}", err=True)
@@ -231,5 +358,6 @@ def import_command(
         raise typer.Exit(1) from error
     finally:
         engine.dispose()
+    assert report is not None, "a file holds a catalogue or events"
     details: dict[str, Any] = asdict(report)
     typer.echo(json.dumps(details) if as_json else summary(report))

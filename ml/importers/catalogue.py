@@ -17,6 +17,8 @@ Problem = Callable[[int, str, str], None]
 
 _YEAR = re.compile(r"\((\d{4})\)\s*$")
 _MAX_TITLE_LENGTH = 1000
+# What an export of the service adds; neither describes the item or user.
+_KEPT_BY_THE_SERVICE = ("metadata", "hidden", "created_at", "updated_at")
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,9 @@ def _categories(value: Any) -> list[str]:
 
 def _metadata(record: Mapping[str, Any]) -> dict[str, Any]:
     metadata = record.get("metadata")
-    rest = {name: value for name, value in record.items() if name != "metadata" and value not in (None, "")}
+    rest = {
+        name: value for name, value in record.items() if name not in _KEPT_BY_THE_SERVICE and value not in (None, "")
+    }
     if isinstance(metadata, str) and metadata:
         try:
             metadata = json.loads(metadata)

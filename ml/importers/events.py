@@ -46,13 +46,16 @@ class EventBatch:
     """Some rows of a source: `table` as EVENT_SCHEMA, `rows` their numbers, unique and rising over the source.
 
     The number is the line for text with an event a line, and otherwise counts the events; a source that has not
-    changed gives every event the same number again. `progress` is the share of the input read so far.
+    changed gives every event the same number again. `progress` is the share of the input read so far. Where the source
+    has ids of events, `event_ids` are these (null: none), and `retracts` the id of the event that each takes back.
     """
 
     table: pa.Table
     rows: npt.NDArray[np.int64]
     rejects: list[Reject]
     progress: float
+    event_ids: Any | None = None
+    retracts: Any | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -71,6 +74,8 @@ class RawRows:
     raw: Callable[[int], str]  # the text of the row at an index
     progress: float
     rejects: list[Reject] = field(default_factory=list)
+    event_id: Any | None = None
+    retracts: Any | None = None
 
 
 @dataclass(frozen=True)
@@ -97,21 +102,27 @@ def clean(raw: RawRows, reading: Reading) -> EventBatch:
     size = len(raw.rows)
     user = _ids(raw.user, "user id")
     item = _ids(raw.item, "item id")
-    type_ = _types(raw.type, reading.default_type, size)
+    event_id = _optional_ids(raw.event_id, "event id", size)
+    retracts = _optional_ids(raw.retracts, "the id of the event taken back", size)
+    type_ = _types(raw.type, reading.default_type, size, retracts.values)
     value = _values(raw.value, size)
     time = _times(raw.time, raw.rows, reading.latest)
-    checked = (user, item, type_, value, time)
-    bad = user.bad | item.bad | type_.bad | value.bad | time.bad
-    table = pa.table([column.values for column in checked], names=EVENT_SCHEMA.names)
+    columns = (user, item, type_, value, time)
+    checked = (*columns, event_id, retracts)
+    bad = np.logical_or.reduce([column.bad for column in checked])
+    named = [event_id.values, retracts.values]
+    table = pa.table([column.values for column in columns], names=EVENT_SCHEMA.names)
     rejects = list(raw.rejects)
     rows = raw.rows
     if bad.any():
         for index in np.flatnonzero(bad).tolist():
             reason = next(column.reason(index) for column in checked if column.bad[index])
             rejects.append(Reject(int(rows[index]), reason, shorten(raw.raw(index))))
-        table, rows = table.filter(pa.array(~bad)), rows[~bad]
+        good = pa.array(~bad)
+        table, rows = table.filter(good), rows[~bad]
+        named = [None if column is None else column.filter(good) for column in named]
     rejects.sort(key=lambda reject: reject.line)
-    return EventBatch(table, rows, rejects, raw.progress)
+    return EventBatch(table, rows, rejects, raw.progress, *named)
 
 
 def _coded(column: Any, name: str) -> tuple[npt.NDArray[np.int64], list[str | None] | None, Any]:
@@ -171,20 +182,32 @@ def _ids(column: Any, name: str) -> _Checked:
     )
 
 
+def _optional_ids(column: Any | None, name: str, size: int) -> _Checked:
+    """Check ids of events, of which a row may have none; None for all of them where the source has no such column."""
+    if column is None:
+        return _Checked(None, np.zeros(size, np.bool_), lambda _: "")
+    codes, words, bad, problems = _checked_words(column, name, r"^[!-.0-~]{0,255}$", id_problem)
+    empty = np.append(pc.equal(words, "").to_numpy(zero_copy_only=False), True)  # the last one: no word (-1)
+    ids = _dictionary_array(np.where(empty[codes], -1, codes), words).cast(pa.string())
+    return _Checked(ids, bad & (codes >= 0), lambda row: problems[int(codes[row])])
+
+
 def _type_problem(word: str) -> str | None:
     if word == RETRACT:
-        return "is `retract`, which has to name an event and cannot be imported"
+        return "is `retract`, and no column `retracts` names the event that it takes back"
     if len(word) > _MAX_TYPE_LENGTH:
         return f"is longer than {_MAX_TYPE_LENGTH} characters"
     return None if word.isprintable() else "holds an unprintable character"  # an empty one means the default
 
 
-def _types(column: Any | None, default: str, size: int) -> _Checked:
+def _types(column: Any | None, default: str, size: int, retracts: Any | None) -> _Checked:
     if column is None:
         codes, words, bad = np.zeros(size, np.int64), pa.array([default], pa.string()), np.zeros(size, np.bool_)
         return _Checked(_dictionary_array(codes, words), bad, lambda _: "")
     codes, words, bad, problems = _checked_words(column, "type", r"^[a-qs-z][a-z_-]{0,63}$", _type_problem)
     bad &= codes >= 0
+    if retracts is not None:
+        bad &= retracts.is_null().to_numpy(zero_copy_only=False) | (codes != pc.index(words, RETRACT).as_py())
     names = [word or default for word in words.to_pylist()]
     if (codes < 0).any():
         codes, names = np.where(codes < 0, len(names), codes), [*names, default]

@@ -20,6 +20,8 @@ COLUMN_NAMES: dict[str, tuple[str, ...]] = {
     "type": ("type", "event_type"),
     "value": ("value", "rating"),
     "time": ("occurred_at", "time", "timestamp"),
+    "event_id": ("event_id",),
+    "retracts": ("retracts",),
 }
 _REQUIRED = ("user", "item")
 
@@ -153,4 +155,6 @@ class Parquet(_Table):
                         rows=rows,
                         raw=lambda index, parts=parts: ", ".join(str(column[index]) for column in parts.values()),  # type: ignore[misc]
                         progress=done / total,
+                        event_id=parts.get("event_id"),
+                        retracts=parts.get("retracts"),
                     )

@@ -150,6 +150,8 @@ def _raw_rows(found: Mapping[str, Any], kept: npt.NDArray[np.int64], block: Bloc
         raw=lambda index: block.text(int(kept[index])),
         progress=block.progress,
         rejects=rejects,
+        event_id=found.get("event_id"),
+        retracts=found.get("retracts"),
     )
 
 

@@ -20,7 +20,7 @@ from app.cli import app
 from app.database import create_engine, writing
 from app.event_writer import SqliteWriter
 from app.exporting import export
-from app.importing import import_source
+from app.importing import catalogue_kind, import_catalogue, import_source
 from app.tables import events, items, users
 from ml.importers import RejectLog, TooManyRejects, open_source
 
@@ -112,7 +112,7 @@ def test_a_title_is_not_overwritten_by_none(engine: Engine, tmp_path: Path) -> N
     with engine.connect() as connection:
         rows = connection.execute(sa.select(items).order_by(items.c.item_id)).all()
     assert [(row.title, row.categories, row.hidden, row._mapping["metadata"]) for row in rows] == [
-        ("kept", ["kept"], True, {"x": 1, "color": "red"}),
+        ("kept", ["kept"], True, {"color": "red"}),
         ("new", ["kept"], True, {"x": 1}),
     ]
 
@@ -272,16 +272,63 @@ def test_the_pragmas_of_an_import_stay_its_own(sqlite_url: str) -> None:
     engine.dispose()
 
 
+def everything(engine: Engine) -> dict[str, list[Any]]:
+    """All that an export keeps, without the times of writing."""
+    left_out = {"position", "received_at", "created_at", "updated_at", "transaction_id"}
+    kept = {}
+    with engine.connect() as connection:
+        for table in (events, items, users):
+            columns = [column for column in table.c if column.name not in left_out]
+            kept[table.name] = sorted(map(str, connection.execute(sa.select(*columns)).all()))
+    return kept
+
+
 @pytest.mark.parametrize("format", ["jsonl", "csv", "parquet"])
 def test_an_import_reads_back_what_an_export_wrote(engine: Engine, tmp_path: Path, format: str) -> None:  # noqa: A002
+    (tmp_path / "items.jsonl").write_text(
+        '{"item_id": "i1", "title": "Ein \\"Titel\\", 1", "categories": ["a", "b"], "metadata": {"year": 1999}}\n'
+    )
+    (tmp_path / "users.jsonl").write_text('{"user_id": "u1", "metadata": {"plan": "free"}}\n')
     import_source(engine, open_source(write_events(tmp_path / "source.csv", 300)))
-    before = stored(engine)
-    exported = tmp_path / f"events.{format}"
-    with exported.open("wb") as out:
-        export(engine, "events", format, out)
+    now = datetime.now(UTC)
     with writing(engine) as connection:
-        connection.execute(sa.delete(events))
-    report = import_source(engine, open_source(exported))
+        taken_back = connection.execute(sa.select(events.c.user_id, events.c.event_id).limit(1)).one()
+        retract = {"user_id": taken_back.user_id, "event_id": "r", "item_id": "i1", "type": "retract"}
+        times = {"occurred_at": now, "received_at": now}
+        connection.execute(sa.insert(events).values(**retract, retracts=taken_back.event_id, **times))
+    before = everything(engine)
+    folder = tmp_path / "exported"
+    folder.mkdir()
+    for what in ("events", "items", "users"):
+        with (folder / f"{what}.{format}").open("wb") as out:
+            export(engine, what, format, out)
 
-    assert (report.stored, report.rejected) == (300, 0)
-    assert stored(engine) == before
+    # Into the same database: everything is there already.
+    again = import_source(engine, open_source(folder / f"events.{format}"))
+    assert (again.stored, again.duplicates, again.rejected) == (0, 301, 0)
+    assert everything(engine) == before
+
+    with writing(engine) as connection:
+        for table in (events, items, users):
+            connection.execute(sa.delete(table))
+    for what, kind in (("items", "item"), ("users", "user")):
+        path = folder / f"{what}.{format}"
+        assert catalogue_kind(path) == kind
+        import_catalogue(engine, path, kind)
+    assert catalogue_kind(folder / f"events.{format}") is None
+    import_source(engine, open_source(folder / f"events.{format}"))
+    assert everything(engine) == before
+
+
+def test_a_catalogue_alone_can_be_imported(sqlite_url: str, tmp_path: Path) -> None:
+    path = tmp_path / "items.csv"
+    path.write_text("item_id,title\na,Title\nb/c,Bad\n")
+    runner = CliRunner(env={"SHORTLIST_DATABASE_URL": sqlite_url})
+    too_many = runner.invoke(app, ["import", str(path)])
+    enough = runner.invoke(app, ["import", str(path), "--max-bad-share", "0.5", "--rejects", str(tmp_path / "bad.csv")])
+
+    assert too_many.exit_code == 1
+    assert "1 of 2 rows are bad" in too_many.output
+    assert enough.exit_code == 0, enough.output
+    assert "1 bad rows left out" in enough.output
+    assert '3,"must be 1 to 255' in (tmp_path / "bad.csv").read_text()

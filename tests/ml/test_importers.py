@@ -127,7 +127,7 @@ def test_each_bad_row_says_why_and_the_others_are_read(folder: Path) -> None:
         9: ("a,x,view,much,1", "value is not a number"),
         10: ("a,x,view,1,soon", "time is neither RFC 3339 nor a number of seconds or milliseconds since 1970"),
         11: ("a,x,view,1,", "time is missing"),
-        12: ("a,x,retract,1,1", "type is `retract`, which has to name an event and cannot be imported"),
+        12: ("a,x,retract,1,1", "type is `retract`, and no column `retracts` names the event that it takes back"),
         13: ("a,\udcff,view,1,1", "item id is not UTF-8"),
         14: (f"a,x,{'t' * 65},1,1", "type is longer than 64 characters"),
         15: ("a,x,view,1,9e99", "time is neither RFC 3339 nor a number of seconds or milliseconds since 1970"),
