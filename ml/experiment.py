@@ -13,7 +13,7 @@ import torch
 import typer
 
 from ml import progress
-from ml.evaluate import Evaluation, Ranker, evaluate, popularity_of
+from ml.evaluate import CUTOFFS, Evaluation, Ranker, evaluate, popularity_of
 from ml.importers import Loaded, load, open_source
 from ml.interactions import Interactions
 from ml.metrics import mean_and_std
@@ -83,13 +83,16 @@ class SplitEvaluator:
         self.targets = {VALIDATION: split.validation, TEST: split.test}
         self.parts = [VALIDATION, TEST] if self._can_validate() else [TEST]
 
-    def evaluate(self, recommender: Ranker, part: str, negatives: int | None = None) -> Evaluation:
+    def evaluate(
+        self, recommender: Ranker, part: str, negatives: int | None = None, cutoffs: Sequence[int] = CUTOFFS
+    ) -> Evaluation:
         """Rank for the users of "validation" or "test"."""
         return evaluate(
             recommender,
             self.histories[part],
             self.targets[part],
             candidates=self.split.candidates,
+            cutoffs=cutoffs,
             negatives=self.negatives if negatives is None else negatives,
             seed=self.seed,
             known_users=self.known_users,
@@ -98,7 +101,7 @@ class SplitEvaluator:
     def stopping_metric(self, model: RankingModel) -> dict[str, float]:
         """Measure a model in training on the validation part, against the whole catalogue."""
         recommender = Recommender(model, self.split.train.users, self.split.train.items)
-        return self.evaluate(recommender, VALIDATION, negatives=0).metrics
+        return self.evaluate(recommender, VALIDATION, negatives=0, cutoffs=(10,)).metrics
 
     def _can_validate(self) -> bool:
         train, held = self.split.train, self.split.validation
