@@ -78,9 +78,11 @@ class Training:
     device: str = "cpu"
 
     def identity(self) -> str:
-        """Name everything that the work on disk depends on; not epoch and version, new whenever a run is taken up."""
-        own = {**self.__dict__, "recipe": self.recipe.as_dict(), "run_epoch": None, "version": None}
-        parts = {**own, "code": code_version()}
+        """Name everything that the work on disk depends on.
+
+        Not the version's name nor the run's epoch: a run that is taken up again has new ones.
+        """
+        parts = [self.snapshot, self.recipe.as_dict(), self.warm_start, self.seed, self.device, code_version()]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
@@ -151,7 +153,8 @@ def produce(training: Training, store_url: str, checkpoint_dir: Path | None, rep
     _check_enough(interactions)
     parent = None if training.warm_start is None else registry.load(training.warm_start)
     evaluated = workspace.finished("evaluate")
-    if evaluated is None:
+    # What it was compared with may have been replaced since; the fit itself is still in its checkpoint.
+    if evaluated is None or evaluated["compare"] != training.compare:
         evaluated = _fit_and_evaluate(training, interactions, parent, registry, workspace, report)
         workspace.finish("evaluate", evaluated)
     metrics = evaluated["metrics"]
@@ -232,6 +235,7 @@ def _fit_and_evaluate(
     found = {part: evaluator.evaluate(recommender, part) for part in evaluator.parts}
     return {
         "epochs": max(result.best_epoch, 1),
+        "compare": training.compare,
         "metrics": {
             VALIDATION: found[VALIDATION].metrics if VALIDATION in found else {},
             TEST: found[TEST].metrics,

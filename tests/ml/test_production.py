@@ -16,7 +16,7 @@ from ml.store import FolderStore
 from ml.versions import interactions_of, microseconds, rfc3339
 
 START = 1_700_000_000_000_000
-SETTINGS = {"epochs": "3", "factors": "8", "negatives": "8", "batch_size": "128"}
+SETTINGS = {"epochs": "3", "factors": "8", "negatives": "8", "batch_size": "128", "learning_rate": "0.02"}
 
 
 def events(
@@ -70,7 +70,7 @@ class Recorder(Reporter):
 
     def emit(self, kind: str, text: str, **values: Any) -> None:
         self.lines.append(json.loads(json.dumps({"kind": kind, **values}, allow_nan=False)))
-        if self.stop_at == (kind, values.get("phase")):
+        if self.stop_at == (kind, values.get("phase")) and values.get("epoch", 2) == 2:
             raise KeyboardInterrupt
 
     def of_kind(self, kind: str) -> list[dict[str, Any]]:
@@ -127,20 +127,40 @@ def test_a_training_that_was_killed_goes_on(store: FolderStore, tmp_path: Path, 
     whole = produce(training(snapshot, version="whole"), str(store.path), None, Recorder())
     work = tmp_path / "work"
     with pytest.raises(KeyboardInterrupt):
-        produce(training(snapshot, version="again", run_epoch=1), str(store.path), work, Recorder(stop_at))
+        produce(training(snapshot, version="run-1", run_epoch=1), str(store.path), work, Recorder(stop_at))
     assert Registry(store).names() == ["whole"]
     report = Recorder()
-    again = produce(training(snapshot, version="again", run_epoch=2), str(store.path), work, report)
+    again = produce(training(snapshot, version="run-2", run_epoch=2), str(store.path), work, report)
     assert again.files["model"].sha256 == whole.files["model"].sha256
     assert again.metrics["test"] == whole.metrics["test"]
     assert again.run_epoch == 2
-    if stop_at[0] == "phase" and stop_at[1] != "evaluate":
+    if stop_at[1] in ("refit", "publish"):
         assert "fit" not in report.phases()
+    else:
+        # Epochs that are over are not trained again; the one whose end was cut off is.
+        trained = [line["epoch"] for line in report.of_kind("epoch") if line["phase"] == "fit"]
+        assert trained == ([2, 3] if stop_at == ("epoch", "fit") else [])
     assert not list(work.glob("*.checkpoint"))
     # Once more, and nothing is done twice.
     report = Recorder()
-    assert produce(training(snapshot, version="again", run_epoch=3), str(store.path), work, report) == again
+    assert produce(training(snapshot, version="run-2", run_epoch=2), str(store.path), work, report) == again
     assert [line["kind"] for line in report.lines] == ["published"]
+
+
+def test_a_training_taken_up_again_compares_with_what_is_active_now(store: FolderStore, tmp_path: Path) -> None:
+    old = snapshot_of(store, events(each=6))
+    for name in ("active-1", "active-2"):
+        produce(training(old, version=name), str(store.path), None, Recorder())
+    snapshot = snapshot_of(store, events(each=8))
+    work = tmp_path / "work"
+    with pytest.raises(KeyboardInterrupt):
+        produce(
+            training(snapshot, version="a", compare="active-1"), str(store.path), work, Recorder(("phase", "refit"))
+        )
+    report = Recorder()
+    made = produce(training(snapshot, version="b", compare="active-2"), str(store.path), work, report)
+    assert made.metrics["compared"]["version"] == "active-2"
+    assert {line["phase"] for line in report.of_kind("epoch")} == {"refit"}
 
 
 def test_a_workspace_of_another_training_is_not_taken_up(store: FolderStore, tmp_path: Path) -> None:
