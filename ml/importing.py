@@ -93,8 +93,7 @@ def import_command(
     """The body of `ml import`."""
     started = time.perf_counter()
     source = open_source(data, format, named_columns(columns), users=users)
-    described = ", ".join(f"{name} {value}" for name, value in source.describe().items())
-    typer.echo(f"reading: {described}", err=True)
+    typer.echo(f"reading {source.describe()}", err=True)
     report = _Shown()
     with RejectLog(rejects_path, max_bad_share) as rejects:
         snapshot = import_snapshot(source, open_store(store_url), rejects, on_progress=report)

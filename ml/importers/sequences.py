@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -56,9 +56,10 @@ class Sequences(Source):
                 )
             done_bytes += size
 
-    def describe(self) -> dict[str, Any]:
-        """Say what was recognised, for a log line."""
-        return {**super().describe(), "users": self.users_layout}
+    def describe(self) -> str:
+        """Say what was recognised."""
+        users = "the first word of a line" if self.users_layout == "first" else "the number of the line"
+        return f"{super().describe()}; the user is {users}"
 
 
 class Predefined(Sequences):

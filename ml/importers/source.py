@@ -1,25 +1,18 @@
-"""What every importer gives: checked batches of events, the catalogue, and a name that tells sources apart."""
+"""What every importer gives: checked batches of events, the catalogue, and what it knows about items and users."""
 
-import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from ml.importers.catalogue import CatalogueItem, SourceUser
 from ml.importers.events import EVENT_SCHEMA, EventBatch, RawRows, Reading, Reject, clean
 
 BATCH_ROWS = 1 << 16
-_HEAD_BYTES = 4096
 
 
 class Source(ABC):
-    """Files of one format, read as often as asked, each time from the start.
-
-    `name` is for people. `identity` is the name with a hash of the first bytes: equal for the same files wherever they
-    lie, also after rows were added at their end. Together with a batch's row numbers it names an event for good.
-    """
+    """Files of one format, read as often as asked, each time from the start."""
 
     format: str
     has_times: bool = True  # without times the order of the rows is the order of the events
@@ -30,15 +23,6 @@ class Source(ABC):
         self.reading = reading
         self.name = path.resolve().name
         self.catalogue_rejects: list[Reject] = []
-
-    @property
-    def identity(self) -> str:
-        """The name and a hash of how the files begin."""
-        hashed = hashlib.sha256(self.format.encode())
-        for file in self.files:
-            with file.open("rb") as opened:
-                hashed.update(opened.read(_HEAD_BYTES))
-        return f"{self.name}-{hashed.hexdigest()[:16]}"
 
     @property
     def total_bytes(self) -> int:
@@ -75,6 +59,6 @@ class Source(ABC):
     def _bad_item(self, line: int, reason: str, raw: str) -> None:
         self.catalogue_rejects.append(Reject(line, reason, raw[:200]))
 
-    def describe(self) -> dict[str, Any]:
-        """Say what was recognised, for a log line."""
-        return {"source": self.name, "format": self.format, "has_times": self.has_times}
+    def describe(self) -> str:
+        """Say what was recognised."""
+        return f"{self.name} as {self.format}{'' if self.has_times else ', without times: the order of rows counts'}"

@@ -1,4 +1,5 @@
 import json
+import os
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -251,13 +252,14 @@ def test_parquet_in_any_types(folder: Path, time: pa.Array) -> None:
 def test_sequences_find_out_what_names_the_user(folder: Path) -> None:
     path = write(folder, "sequences.txt", "a x y\nb y\n\nc z x\n")
     source = open_source(folder)
-    assert (source.describe()["users"], source.has_times) == ("first", False)
+    assert not source.has_times
+    assert "the user is the first word of a line" in source.describe()
     interactions, labels = load_interactions(path)
     assert labels is None
     assert interactions.users.ids(range(3)) == ["a", "b", "c"]
     assert interactions.items.ids(interactions.history(2)) == ["z", "x"]
     path = write(folder, "sequences.txt", "x y\nx z w\n")
-    assert open_source(path).describe()["users"] == "lines"
+    assert "the user is the number of the line" in open_source(path).describe()
     interactions, _ = load_interactions(path)
     assert interactions.users.ids(range(2)) == ["1", "2"]
     assert interactions.items.ids(interactions.history(1)) == ["x", "z", "w"]
@@ -335,14 +337,6 @@ def test_large_files_come_in_batches_that_join_to_the_whole(folder: Path) -> Non
     assert len(seen) > 1
 
 
-def test_the_identity_is_that_of_the_content_not_of_the_place(folder: Path, tmp_path: Path) -> None:
-    text = "user_id,item_id\n" + "a,x\n" * 2_000
-    first = open_source(write(folder, "events.csv", text)).identity
-    (tmp_path / "elsewhere").mkdir()
-    assert open_source(write(tmp_path / "elsewhere", "events.csv", text + "b,y\n")).identity == first
-    assert open_source(write(folder, "events.csv", text.replace("a,", "c,"))).identity != first
-
-
 @pytest.mark.parametrize("ending", ["csv", "jsonl", "parquet"])
 def test_items_and_users_beside_the_events(folder: Path, ending: str) -> None:
     write(folder, "events.csv", "user_id,item_id\na,x\n")
@@ -389,3 +383,19 @@ def test_what_cannot_be_read_says_what_was_found(folder: Path) -> None:
         open_source(folder / "log.txt", "movielens")
     with pytest.raises(ValueError, match="no interaction"):
         load_interactions(write(folder, "events.csv", "user_id,item_id,type\na,x,impression\n"))
+
+
+@pytest.mark.real_data
+@pytest.mark.parametrize(
+    ("name", "shape", "parts"),
+    [
+        ("ml-100k", (100_000, 943, 1_682), None),
+        ("ml-1m-sequences", (987_019, 6_040, 3_416), None),
+        ("beauty-sequences", (198_502, 22_363, 12_101), None),
+        ("ml-1m-predefined", (836_478, 6_039, 3_628), [590_733, 80_897, 164_848]),
+    ],
+)
+def test_real_data_is_read_whole(name: str, shape: tuple[int, int, int], parts: list[int] | None) -> None:
+    interactions, labels = load_interactions(Path(os.environ["SHORTLIST_DATA"]) / name, max_bad_share=0)
+    assert (len(interactions), interactions.num_users, interactions.num_items) == shape
+    assert (None if labels is None else np.bincount(labels).tolist()) == parts
