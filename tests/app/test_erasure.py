@@ -1,16 +1,23 @@
-"""Erasing waits for events under way, so that none appears later among those that are gone."""
+"""Erasing reaches every place that knows a user or an item, and waits for events under way."""
 
 import threading
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
+import pyarrow as pa
 import pytest
 import sqlalchemy as sa
+from fastapi.testclient import TestClient
 from sqlalchemy.engine import Engine
 
 from app.database import create_engine, writing
 from app.erasure import Erased, erase, subject_sha256
+from app.settings import Settings
 from app.tables import audit_log, erasures, events, recommendation_log, users
+from app.training.snapshots import take_snapshot
+from ml.snapshots import read_parts
+from ml.store import open_store
 
 NOW = datetime(2026, 11, 21, 9, 30, tzinfo=UTC)
 
@@ -93,3 +100,38 @@ def test_what_is_erased_is_gone_from_the_file(sqlite_url: str) -> None:
     engine.dispose()
     assert b"somebody-unmistakable" not in path.read_bytes()
     assert b"user-199" in path.read_bytes()
+
+
+def test_erasing_reaches_snapshots_and_loaded_versions(
+    client: TestClient, settings: Settings, engine: Engine, publish: Any
+) -> None:
+    names = [f"item-{number}" for number in range(12)]
+    store = open_store(settings.resolved_store_url)
+    feedback = [{"user_id": user, "item_id": item, "type": "click"} for user in ("anna", "ben") for item in names[:4]]
+    assert client.post("/feedback", json=feedback).status_code == 201
+    before = take_snapshot(engine, store, settings)
+    publish("v1", names, snapshot=before.hash)
+    client.app.state.service.poll()  # type: ignore[attr-defined]
+
+    def shown(user: str) -> tuple[str, set[str]]:
+        answer = client.get(f"/users/{user}/recommendations?k=12").json()
+        return answer["source"], {item["item_id"] for item in answer["items"]}
+
+    assert shown("anna") == ("model", set(names[4:]))
+    assert client.delete("/users/anna").status_code == 204
+    assert client.delete("/items/item-5").status_code == 204
+    left = set(names) - {"item-5"}
+    assert shown("anna") == ("popular", left), "neither the model's row of the user nor the history may be used"
+    assert shown("ben") == ("model", left - set(names[:4]))
+
+    after = take_snapshot(engine, store, settings)
+    assert after.hash != before.hash
+    users = pa.concat_tables(read_parts(store, after))["user_id"].to_pylist()
+    assert users == ["ben"] * 4
+    assert not {part.sha256 for part in after.parts} & {part.sha256 for part in before.parts}
+
+    # Whoever comes back is new: known by the events since, and to no version from before.
+    client.post("/feedback", json={"user_id": "anna", "item_id": "item-0", "type": "click"})
+    assert shown("anna") == ("folded_in", left - {"item-0"})
+    users = pa.concat_tables(read_parts(store, take_snapshot(engine, store, settings)))["user_id"].to_pylist()
+    assert sorted(users) == ["anna"] + ["ben"] * 4
