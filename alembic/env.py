@@ -1,12 +1,19 @@
 """What Alembic runs: on the connection that `app.migrations` hands over, or on the database of the settings."""
 
+from typing import Any, Literal
+
 from alembic import context
 from sqlalchemy.engine import Connection
 
 from app.database import create_engine, writing
 from app.migrations import COMPARISON
 from app.settings import Settings
-from app.tables import metadata
+from app.tables import UtcDateTime, metadata
+
+
+def render_item(kind: str, item: object, _context: Any) -> str | Literal[False]:
+    """Write our own types as SQLAlchemy's: a migration must not read app/tables.py, which moves on."""
+    return "sa.DateTime(timezone=True)" if kind == "type" and isinstance(item, UtcDateTime) else False
 
 
 def run(connection: Connection) -> None:
@@ -15,6 +22,7 @@ def run(connection: Connection) -> None:
         connection=connection,
         target_metadata=metadata,
         transactional_ddl=True,
+        render_item=render_item,
         render_as_batch=connection.dialect.name == "sqlite",
         **COMPARISON,
     )

@@ -4,8 +4,6 @@ ${imports if imports else ""}
 import sqlalchemy as sa
 from alembic import op
 
-from app import tables
-
 revision = ${repr(up_revision)}
 down_revision = ${repr(down_revision)}
 branch_labels = ${repr(branch_labels)}

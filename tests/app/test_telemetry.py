@@ -197,3 +197,23 @@ def test_several_processes_answer_for_all(tmp_path: Path) -> None:
             [sys.executable, "-c", program], env=environment, cwd=root, capture_output=True, text=True, check=True
         ).stdout
         assert f"shortlist_rows_total {expected}" in output
+
+
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+def test_no_key_reaches_the_log_of_a_real_server(engine: Engine, live_server: Callable[..., Any]) -> None:
+    keys = [create_key(engine, "any", [scope]).key for scope in ("recommend", "admin")]
+    server = live_server(log_level="debug", access_log=True, embedded_worker=False)
+    server.start()
+    for key in (*keys, KEY):
+        for headers in ({"Authorization": f"Bearer {key}"}, {"X-API-Key": key}, {"Authorization": f"Basic {key}"}):
+            server.client.get("/users/a/recommendations", headers=headers)
+            server.client.put("/items/a", headers=headers, json={"metadata": {"password": SECRET}})
+            server.client.post("/feedback", headers=headers, content=f'{{"token": "{SECRET}"')
+            server.client.get(f"/users/a/recommendations?api_key={key}&k=0", headers=headers)
+            server.client.get("/metrics", headers=headers)
+    assert server.stop() == 0
+    text = server.log.read_text()
+    assert text.count('"event": "request"') >= 3 * 3 * 5
+    for secret in (*keys, KEY, SECRET):
+        assert secret not in text
+        assert secret.rpartition("_")[2] not in text
