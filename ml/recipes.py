@@ -108,11 +108,12 @@ RECIPES: dict[str, Recipe] = {
     "neumf": Recipe(
         name="neumf",
         model="neumf",
-        config=NeuMFConfig(),
-        negatives=512,
+        config=NeuMFConfig(factors=64, tower_factors=16, hidden=(16, 8)),
+        negatives=128,
         shared_negatives=True,
         learning_rate=0.002,
-        l2=1e-5,
+        l2=1e-4,
+        batch_size=512,
     ),
     "caser": Recipe(
         name="caser",
@@ -120,7 +121,7 @@ RECIPES: dict[str, Recipe] = {
         config=CaserConfig(),
         negatives=512,
         shared_negatives=True,
-        learning_rate=0.002,
+        learning_rate=0.005,
         batch_size=512,
     ),
     "matrix_factorization": Recipe(
@@ -130,7 +131,8 @@ RECIPES: dict[str, Recipe] = {
         negatives=512,
         shared_negatives=True,
         learning_rate=0.002,
-        l2=1e-5,
+        l2=1e-4,
+        epochs=30,
     ),
     "popularity": Recipe(name="popularity", model="popularity", config=PopularityConfig(), epochs=1),
     # As the seed texts set the two models up; hinge by overriding the loss.
@@ -147,7 +149,7 @@ RECIPES: dict[str, Recipe] = {
     "caser-seeds": Recipe(
         name="caser-seeds",
         model="caser",
-        config=CaserConfig(factors=10, dropout=0.05, unknown_user_share=0.0),
+        config=CaserConfig(factors=10, shared_items=False, dropout=0.05, unknown_user_share=0.0),
         loss="bpr",
         learning_rate=0.04,
         l2=1e-5,

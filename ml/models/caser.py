@@ -16,11 +16,12 @@ from ml.models.ranking_model import RankingModel, embedding, negative_distances,
 class CaserConfig:
     """Sizes of Caser; `similarity` "distance" ranks by nearness, which is what the triplet loss trains.
 
-    `unknown_user_share` of the training examples hide their user, which trains the row that stands for anybody.
+    With `shared_items` an item is the same vector in the window and as a target. `unknown_user_share` of the training examples hide their user, which trains the row that stands for anybody.
     """
 
     factors: int = 64
     window_length: int = 5
+    shared_items: bool = True
     horizontal_filters: int = 16
     vertical_filters: int = 4
     dropout: float = 0.3
@@ -33,7 +34,9 @@ class CaserConfig:
 class Caser(RankingModel):
     """The score is v_i . [z, p_u] + b_i, where z comes from convolutions over the window.
 
-    Source: Tang and Wang 2018. Row `num_users` of the user table stands for a user nobody has seen; item row
+    With shared items it is q_i . (W z + s + p_u) + b_i, where q are the window's own embeddings and s is one more
+    vertical filter over the window that goes straight to the score: what was taken draws what is near at once.
+    Source: Tang and Wang 2018 for both the filters and the score; sharing as in Kang and McAuley 2018 (SASRec). Row `num_users` of the user table stands for a user nobody has seen; item row
     `num_items` pads short windows, stays zero and is never scored.
     """
 
@@ -50,7 +53,7 @@ class Caser(RankingModel):
         width, length, scale = config.factors, config.window_length, config.initial_scale
         self.user_factors = embedding(num_users + 1, width, scale)
         self.window_factors = embedding(num_items, width, scale, padded=True)
-        self.item_factors = embedding(num_items, 2 * width, scale)
+        self.item_factors = None if config.shared_items else embedding(num_items, 2 * width, scale)
         has_bias = config.item_bias and config.similarity == "dot"
         self.item_bias = embedding(num_items, 1, 0.0) if has_bias else None
         # A horizontal filter of height h sees h neighbouring items whole: a linear layer over h * width numbers.
@@ -60,25 +63,38 @@ class Caser(RankingModel):
         # A vertical filter weighs the window's positions, alike for every number of an embedding.
         self.vertical = nn.Linear(length, config.vertical_filters)
         self.fused = nn.Linear(length * config.horizontal_filters + config.vertical_filters * width, width)
+        self.projection = nn.Linear(width, width) if config.shared_items else None
+        self.straight = nn.Linear(length, 1, bias=False) if config.shared_items else None
+        if self.straight is not None:
+            nn.init.constant_(self.straight.weight, 1 / length)
         self.dropout = nn.Dropout(config.dropout)
         self.compare = pair_scores if config.similarity == "dot" else negative_distances
 
     def encode(self, users: Tensor, windows: Tensor) -> Tensor:
-        users = torch.where(users < 0, self.num_users, users)
-        return torch.cat((self._convolve(windows), self.user_factors(users)), 1)
+        user_factors = self.user_factors(torch.where(users < 0, self.num_users, users))
+        images = self.window_factors(windows)  # (batch, length, width)
+        sequence = self._convolve(images)
+        if self.projection is None or self.straight is None:
+            return torch.cat((sequence, user_factors), 1)
+        straight = self.straight(images.transpose(1, 2)).squeeze(2)
+        shared: Tensor = self.projection(self.dropout(sequence)) + straight + user_factors
+        return shared
 
     def score(self, encoded: Tensor, items: Tensor) -> Tensor:
-        scores = self.compare(encoded, self.item_factors(items))
+        scores = self.compare(encoded, self._targets(items))
         return scores if self.item_bias is None else scores + self.item_bias(items).squeeze(-1)
 
     def vectors(self, users: Tensor, windows: Tensor, items: Tensor) -> tuple[Tensor, Tensor]:
-        return self.encode(users, windows), self.item_factors(items)
+        return self.encode(users, windows), self._targets(items)
 
-    def _convolve(self, windows: Tensor) -> Tensor:
-        """The sequence vector z, (batch, factors)."""
-        width = self.config.factors
-        images = self.window_factors(windows)  # (batch, length, width)
-        flat = images.flatten(1)
+    def _targets(self, items: Tensor) -> Tensor:
+        table = self.window_factors if self.item_factors is None else self.item_factors
+        vectors: Tensor = table(items)
+        return vectors
+
+    def _convolve(self, images: Tensor) -> Tensor:
+        """The sequence vector z, (batch, width), of the windows' embeddings."""
+        flat, width = images.flatten(1), images.shape[2]
         features = []
         for height, layer in enumerate(self.horizontal, start=1):
             slices = flat.unfold(1, height * width, width)  # (batch, length - height + 1, height * width)

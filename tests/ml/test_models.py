@@ -141,9 +141,10 @@ def test_neumf_is_the_fused_formula() -> None:
     assert score.item() == pytest.approx((fused + weights["item_bias.weight"][item, 0]).item(), abs=1e-4)
 
 
-def test_caser_is_the_convolutions_of_the_paper() -> None:
-    model = small("caser")
-    assert isinstance(model, Caser)
+@pytest.mark.parametrize("is_shared", [False, True])
+def test_caser_is_the_convolutions_of_the_paper(is_shared: bool) -> None:
+    torch.manual_seed(0)
+    model = Caser(NUM_USERS, NUM_ITEMS, CaserConfig(4, 3, is_shared, 2, 2, initial_scale=1.0)).eval()
     config = model.config
     user, item, window = 3, 7, tensor([[5, 0, 22]])
     weights = model.state_dict()
@@ -158,8 +159,14 @@ def test_caser_is_the_convolutions_of_the_paper() -> None:
     # A filter's numbers lie apart here and together in the model: only the order into the next layer differs.
     features.append(columns.squeeze(2).transpose(1, 2).flatten(1))
     z = functional.relu(weights["fused.weight"] @ torch.cat(features, 1)[0] + weights["fused.bias"])
-    both = torch.cat((z, weights["user_factors.weight"][user]))
-    expected = weights["item_factors.weight"][item] @ both + weights["item_bias.weight"][item, 0]
+    own = weights["user_factors.weight"][user]
+    if is_shared:
+        straight = weights["straight.weight"][0] @ weights["window_factors.weight"][window[0]]
+        projected = weights["projection.weight"] @ z + weights["projection.bias"]
+        expected = weights["window_factors.weight"][item] @ (projected + straight + own)
+    else:
+        expected = weights["item_factors.weight"][item] @ torch.cat((z, own))
+    expected = expected + weights["item_bias.weight"][item, 0]
     assert model(tensor([user]), window, tensor([[item]])).item() == pytest.approx(expected.item(), abs=1e-3)
 
 
