@@ -16,7 +16,8 @@ from ml.models.ranking_model import RankingModel, embedding, negative_distances,
 class CaserConfig:
     """Sizes of Caser; `similarity` "distance" ranks by nearness, which is what the triplet loss trains.
 
-    With `shared_items` an item is the same vector in the window and as a target. `unknown_user_share` of the training examples hide their user, which trains the row that stands for anybody.
+    With `shared_items` an item is the same vector in the window and as a target. `unknown_user_share`
+    of the training examples hide their user, which trains the row that stands for anybody.
     """
 
     factors: int = 64
@@ -36,8 +37,10 @@ class Caser(RankingModel):
 
     With shared items it is q_i . (W z + s + p_u) + b_i, where q are the window's own embeddings and s is one more
     vertical filter over the window that goes straight to the score: what was taken draws what is near at once.
-    Source: Tang and Wang 2018 for both the filters and the score; sharing as in Kang and McAuley 2018 (SASRec). Row `num_users` of the user table stands for a user nobody has seen; item row
-    `num_items` pads short windows, stays zero and is never scored.
+    Source: Tang and Wang 2018 for both the filters and the score; sharing as in Kang and McAuley 2018 (SASRec).
+
+    Row `num_users` of the user table stands for a user nobody has seen; item row `num_items` pads short windows, stays
+    zero and is never scored.
     """
 
     folds_in: ClassVar[bool] = True
