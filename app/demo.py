@@ -23,7 +23,6 @@ import sqlalchemy as sa
 import typer
 from sqlalchemy.engine import Engine
 
-from app import serve
 from app.database import create_engine, writing
 from app.embedded_worker import EmbeddedWorker
 from app.importing import figures, import_source, summary
@@ -47,6 +46,7 @@ GENERATED = "generated"
 GENERATED_USERS, GENERATED_ITEMS, GENERATED_EVENTS = 1_000, 1_500, 80_000
 KEY_NAME = "demo"
 ACTOR = "demo"
+KEY_PREFIX = "demo-"  # of the idempotency keys of its runs
 # A worker that was killed with the demo holds its run no longer than this.
 LEASE_SECONDS = 10.0
 POLL_SECONDS = 0.25
@@ -95,7 +95,10 @@ def run_demo(data: Path | None, *, port: int | None, data_dir: Path | None) -> N
         key = _new_key(engine)
         with engine.connect() as connection:
             user = connection.execute(sa.select(events.c.user_id).order_by(events.c.position).limit(1)).scalar_one()
-        serve.run(settings, on_ready=lambda url: _in_background(_welcome, url, key, user, begun))
+            has_model = active_version(connection) is not None
+        from app import serve  # here, because it loads torch, which what went wrong before need not wait for
+
+        serve.run(settings, on_ready=lambda url: _in_background(_welcome, url, key, user, has_model, begun))
     except KeyboardInterrupt:
         typer.echo("Stopped. Run the same command again to go on from here.", err=True)
         raise typer.Exit(130) from None
@@ -190,10 +193,13 @@ def _generated(settings: Settings) -> Source:
 def _train(engine: Engine, settings: Settings) -> None:
     """Train both models through the queue of runs, side by side; nothing if a version is active and none waits."""
     with engine.connect() as connection:
-        waiting = [run for run in runs.page(connection, 100) if not run.finished]
-        if active_version(connection) is not None and not waiting:
+        mine = [run for run in runs.page(connection, 1_000) if (run.idempotency_key or "").startswith(KEY_PREFIX)]
+        if active_version(connection) is not None and all(run.finished for run in mine):
             return
     queued = [_queued(engine, recipe) for recipe in RECIPES]
+    if all(run.finished for run in queued):
+        typer.echo("Popular items are served: no model was promoted yet.", err=True)
+        return
     cores = os.cpu_count() or 1
     workers = min(len(RECIPES), cores)
     environment = settings.as_environment()
@@ -206,9 +212,12 @@ def _train(engine: Engine, settings: Settings) -> None:
         active = active_version(connection)
     for run in finished:
         typer.echo(f"{run.recipe}: {run.state}: {run.message}", err=True)
+    if all(run.state != "succeeded" for run in finished):
+        _fail("no training succeeded; the messages above say why")
     if active is None:
-        _fail("no training brought a version that can be served; the messages above say why")
-    typer.echo(f"Active: {active.version}", err=True)
+        typer.echo("No model was promoted, so popular items are served; the messages above say why.", err=True)
+    else:
+        typer.echo(f"Active: {active.version}", err=True)
 
 
 @contextmanager
@@ -232,7 +241,7 @@ def _queued(engine: Engine, recipe: str) -> Run:
     with writing(engine) as connection:
         while True:
             attempt += 1
-            key = f"demo-{recipe}-{attempt}"
+            key = f"{KEY_PREFIX}{recipe}-{attempt}"
             known = runs.by_idempotency_key(connection, key)
             if known is None:
                 settings = RECIPES[recipe]
@@ -244,11 +253,15 @@ def _queued(engine: Engine, recipe: str) -> Run:
 def _follow(engine: Engine, queued: Sequence[Run]) -> list[Run]:
     """Show how runs go on until all of them have ended."""
     with shown_together([run.recipe for run in queued]) as shows:
+        ended: set[str] = set()
         while True:
             with engine.connect() as connection:
                 current = [runs.read(connection, run.run_id) for run in queued]
             for run, show in zip(current, shows, strict=True):
-                show(*_progress_of(run))
+                if run.run_id not in ended:
+                    show(*_progress_of(run))
+                if run.finished:
+                    ended.add(run.run_id)
             if all(run.finished for run in current):
                 return current
             time.sleep(POLL_SECONDS)
@@ -284,9 +297,9 @@ def _in_background(target: Any, *arguments: Any) -> None:
     threading.Thread(target=target, args=arguments, daemon=True).start()
 
 
-def _welcome(url: str, key: str, user: str, begun: float) -> None:
+def _welcome(url: str, key: str, user: str, has_model: bool, begun: float) -> None:
     """Wait until the service is ready, and say what to try."""
-    _await_ready(url)
+    _await_ready(url, has_model)
     path = f"{url}/users/{quote(user, safe='')}/recommendations?k=5"
     answer = _get(path, key)
     # The click is on what stands first now, so that asking again shows it gone.
@@ -305,12 +318,12 @@ def _welcome(url: str, key: str, user: str, begun: float) -> None:
     typer.echo("\n".join(lines))
 
 
-def _await_ready(url: str) -> None:
+def _await_ready(url: str, has_model: bool) -> None:
     deadline = time.monotonic() + READY_SECONDS
     while time.monotonic() < deadline:
         try:
             with urllib.request.urlopen(f"{url}/health/ready", timeout=5) as response:  # noqa: S310
-                if json.load(response)["active_version"] is not None:
+                if not has_model or json.load(response)["active_version"] is not None:
                     return
         except (urllib.error.URLError, TimeoutError):
             pass
