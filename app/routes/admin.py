@@ -1,7 +1,6 @@
 """Trainings and models over HTTP: `/admin/retrain`, `/admin/runs`, `/admin/models`."""
 
 from collections.abc import AsyncIterator
-from datetime import datetime
 from typing import Annotated, Any, Literal
 
 import anyio
@@ -19,6 +18,7 @@ from app.database import writing
 from app.errors import Problem, responses
 from app.security import Admin, require
 from app.tables import activations, model_versions
+from app.times import UtcTime, rfc3339
 from app.training import runs, versions
 from app.training.promotion import NothingToRollBackTo
 from app.training.runs import KeyReused, Promote, Run, RunIsOver
@@ -77,9 +77,9 @@ class RunAnswer(BaseModel):
     version: str | None = Field(description="The version that it published.")
     promoted: bool | None
     message: str | None = Field(description="Why it failed, or why its version was or was not promoted.")
-    created_at: datetime
-    started_at: datetime | None
-    finished_at: datetime | None
+    created_at: UtcTime
+    started_at: UtcTime | None
+    finished_at: UtcTime | None
 
 
 class RunPage(BaseModel):
@@ -96,9 +96,9 @@ class ModelAnswer(BaseModel):
     recipe: str
     state: Literal["candidate", "active", "shadow", "retired"]
     run_id: str | None
-    created_at: datetime = Field(description="When the service came to know it.")
+    created_at: UtcTime = Field(description="When the service came to know it.")
     snapshot: str | None
-    trained_through: datetime | None
+    trained_through: UtcTime | None
     metrics: dict[str, Any]
 
 
@@ -106,7 +106,7 @@ class ModelDetails(ModelAnswer):
     """A version with its manifest and the times it became active."""
 
     manifest: dict[str, Any]
-    activated_at: list[datetime]
+    activated_at: list[UtcTime]
 
 
 class ModelPage(BaseModel):
@@ -250,7 +250,7 @@ async def follow_run(
             return
         for row in rows:
             sequence = row.sequence
-            data = {**row.details, "at": row.created_at.isoformat().replace("+00:00", "Z")}
+            data = {**row.details, "at": rfc3339(row.created_at)}
             yield ServerSentEvent(data=data, event=row.kind, id=str(sequence))
         if ended and not rows:
             return

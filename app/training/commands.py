@@ -21,6 +21,7 @@ from app.migrations import migrate
 from app.settings import Settings
 from app.tables import model_versions
 from app.telemetry import configure_logging
+from app.times import rfc3339
 from app.training import runs, versions
 from app.training.promotion import NothingToRollBackTo
 from app.training.runs import Promote, Run, RunIsOver
@@ -55,7 +56,7 @@ def _fail(message: str) -> NoReturn:
 
 def _print_json(document: Any) -> None:
     def plain(value: Any) -> str:
-        return value.isoformat().replace("+00:00", "Z") if isinstance(value, datetime) else str(value)
+        return rfc3339(value) if isinstance(value, datetime) else str(value)
 
     typer.echo(json.dumps(document, default=plain, indent=2))
 

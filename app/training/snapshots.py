@@ -20,6 +20,7 @@ from sqlalchemy.engine import Connection, Engine
 from app.database import writing
 from app.settings import Settings
 from app.tables import erasures, events, snapshots
+from app.times import rfc3339
 from app.training.runs import database_now
 from ml.snapshots import (
     PART_SCHEMA,
@@ -97,7 +98,7 @@ def take_snapshot(
     watermark = {
         "position": position if horizon.transaction_id is not None else max(position, horizon.position),
         "transaction_id": horizon.transaction_id,
-        "time": None if newest is None else newest.isoformat(timespec="microseconds").replace("+00:00", "Z"),
+        "time": None if newest is None else rfc3339(newest),
         "erasures_through": erasures_through,
     }
     snapshot = make_snapshot(parts, meanings, watermark, parent=None if parent is None else parent.hash)
