@@ -12,8 +12,8 @@ import sqlalchemy as sa
 import structlog
 from sqlalchemy.engine import Connection
 
+from app.erasure import subject_sha256
 from app.serving.catalog import Catalog
-from app.serving.histories import sha256
 from app.tables import model_versions
 from ml.ids import IdMap
 from ml.recommender import Recommender
@@ -45,7 +45,7 @@ class Candidates:
         erased = {subject for subject, sequence in catalog.erased_items.items() if sequence > erasures_through}
         if erased:
             indices = range(len(items))
-            self._dropped[[index for index in indices if sha256(items.id(index)) in erased]] = True
+            self._dropped[[index for index in indices if subject_sha256(items.id(index)) in erased]] = True
         self.allowed(None)
 
     def allowed(self, category: str | None) -> Mask:
@@ -175,7 +175,7 @@ class ActiveModels:
     def user_index(self, active: Active, user_id: str) -> int:
         """The user's index in a version; -1 if the version was not trained on it, or it was erased since."""
         if self._catalog.erased_users:
-            erased = self._catalog.erased_users.get(sha256(user_id))
+            erased = self._catalog.erased_users.get(subject_sha256(user_id))
             if erased is not None and erased > active.erasures_through:
                 return -1
         return active.recommender.users.index(user_id)

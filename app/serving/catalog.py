@@ -10,7 +10,7 @@ from itertools import islice
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
-from app.serving.histories import sha256
+from app.erasure import subject_sha256
 from app.tables import erasures, items
 
 # Transactions commit out of the order of their stamps: the poll reads this far back again.
@@ -135,7 +135,7 @@ class Catalog:
         if not erased_now:
             return
         # Only hashes are kept of what was erased, so that every id must be hashed to find it; erasures are rare.
-        for item_id in [item_id for item_id in self.entries if sha256(item_id) in erased_now]:
+        for item_id in [item_id for item_id in self.entries if subject_sha256(item_id) in erased_now]:
             self._leave_categories(item_id)
             del self.entries[item_id]
             self._record(item_id, erased=True)

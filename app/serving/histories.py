@@ -1,6 +1,5 @@
 """What a user did, read from SQL at every request; the last known is kept for when the database is gone."""
 
-import hashlib
 import threading
 from collections import OrderedDict
 from collections.abc import Collection, Mapping, Sequence
@@ -10,6 +9,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
+from app.erasure import subject_sha256
 from app.tables import events
 from ml.snapshots import RETRACT, EventMeaning, meaning_of
 
@@ -59,7 +59,7 @@ class Histories:
     def forget(self, user_hashes: Collection[str]) -> None:
         """Drop erased users, given by the SHA-256 of their ids."""
         with self._lock:
-            for user_id in [user for user in self._remembered if sha256(user) in user_hashes]:
+            for user_id in [user for user in self._remembered if subject_sha256(user) in user_hashes]:
                 del self._remembered[user_id]
 
     def _history(self, rows: Sequence[Any]) -> History:
@@ -80,8 +80,3 @@ class Histories:
             if meaning.is_interaction(value):
                 item_ids.append(item_id)
         return History(tuple(item_ids[-self._max_history :]), frozenset(excluded), through)
-
-
-def sha256(subject: str) -> str:
-    """The form in which an erased id is kept."""
-    return hashlib.sha256(subject.encode()).hexdigest()

@@ -13,7 +13,7 @@ from sqlalchemy.engine import Engine
 from sqlalchemy.exc import SQLAlchemyError
 
 from app.database import is_outage, writing
-from app.serving.histories import sha256
+from app.erasure import subject_sha256
 from app.tables import erasures, recommendation_log
 
 log = structlog.get_logger(__name__)
@@ -112,7 +112,7 @@ class RecommendationLog:
     def _write(self, batch: list[Shown]) -> None:
         with writing(self._engine) as connection:
             # A user erased while the answer waited here must not come back with it.
-            hashes = {shown.user_id: sha256(shown.user_id) for shown in batch}
+            hashes = {shown.user_id: subject_sha256(shown.user_id) for shown in batch}
             erased = connection.execute(
                 sa.select(erasures.c.subject_sha256, sa.func.max(erasures.c.erased_at).label("erased_at"))
                 .where(erasures.c.kind == "user", erasures.c.subject_sha256.in_(set(hashes.values())))

@@ -81,20 +81,38 @@ class Service:
         The follower calls it every `model_poll_seconds`; a route that changed one of them calls it to be heard at once.
         """
         with self._poll_lock:
-            try:
-                with self.engine.connect() as connection:
-                    self._poll(connection)
-            except SQLAlchemyError as error:
-                if not is_outage(error):
-                    raise
-                if self.database_answers or not self.ready:
-                    log.warning("database_unreachable", reason=type(error).__name__)
-                self.database_answers = False
-                return False
-            if not self.database_answers and self.ready:
-                log.info("database_answers")
-            self.database_answers = True
-            return True
+            answered = self._try_to_poll()
+            if answered != self.database_answers:
+                log.info("database_answers" if answered else "database_unreachable")
+            self.database_answers = answered
+            self._report()
+            return answered
+
+    def _try_to_poll(self) -> bool:
+        try:
+            with self.engine.connect() as connection:
+                self._poll(connection)
+        except SQLAlchemyError as error:
+            if not is_outage(error):
+                raise
+            return False
+        return True
+
+    def _report(self) -> None:
+        models = self.active_models
+        gauges = {
+            "catalog_items": ("Items in the catalogue.", len(self.catalog)),
+            "version_failed": (
+                "1 while the version to be active cannot be loaded.",
+                models.failure is not None,
+            ),
+            "version_swaps": ("Times that another version went live in this process.", models.swaps),
+            "recommendation_log_waiting": ("Answers that wait to be logged.", len(self.recommendation_log)),
+            "feedback_waiting": ("Feedback requests that wait for their commit.", len(self.feedback_writer)),
+            "database_answers": ("1 while the database answers.", self.database_answers),
+        }
+        for name, (description, value) in gauges.items():
+            self.metrics.gauge(name, description).set(value)
 
     def ask_database(self) -> bool:
         """Whether the database answers at this moment."""
