@@ -89,6 +89,10 @@ class Ranker:
         self._record(ranking, query)
         return ranking
 
+    def forget_outage(self) -> None:
+        """Ask the database again at once: somebody heard it answer."""
+        self._outage_until = 0.0
+
     def _history(self, user_id: str) -> History | None:
         if time.monotonic() < self._outage_until:
             return None

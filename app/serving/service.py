@@ -85,6 +85,8 @@ class Service:
             if answered != self.database_answers:
                 log.info("database_answers" if answered else "database_unreachable")
             self.database_answers = answered
+            if answered:
+                self.ranker.forget_outage()
             self._report()
             return answered
 
