@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch.overrides import TorchFunctionMode
 
 from ml.ids import IdMap
 from ml.models import MODELS, build_model
@@ -227,7 +228,7 @@ class Registry:
         try:
             users, items = IdMap.open(paths["users"]), IdMap.open(paths["items"])
             # On the meta device nothing is drawn or allocated: the weights of the file take their place.
-            with torch.device("meta"):
+            with torch.device("meta"), _Undrawn():
                 model = build_model(name, len(users), len(items), manifest.model["config"])
             weights = load_file(paths["model"])
             model.load_state_dict(weights, strict=True, assign=True)
@@ -276,6 +277,19 @@ class Registry:
             self._cache = Path(tempfile.gettempdir()) / f"shortlist-versions-{secrets.token_hex(8)}"
             weakref.finalize(self, shutil.rmtree, self._cache, ignore_errors=True)
         return self._cache
+
+
+class _Undrawn(TorchFunctionMode):
+    """Leaves new weights as they are: filling ones without memory would import PyTorch's compiler, for seconds."""
+
+    FILLING = (torch.Tensor.normal_, torch.Tensor.uniform_, torch.Tensor.zero_, torch.Tensor.fill_)
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in self.FILLING or getattr(func, "__module__", None) == "torch.nn.init":
+            return args[0] if args else (kwargs or {})["tensor"]
+        return func(*args, **(kwargs or {}))
 
 
 def check_version(version: str) -> str:

@@ -18,6 +18,7 @@ from app.database import writing
 from app.tables import run_events, runs
 
 Promote = Literal["guarded", "always", "never"]
+IDLE_MILLISECONDS = 30_000
 FINISHED = ("succeeded", "failed", "cancelled")
 
 
@@ -245,6 +246,9 @@ def cancel_requested(engine: Engine, run: Run) -> bool:
 
 def update_claimed(connection: Connection, run: Run, **values: Any) -> None:
     """Change the run's row if the claim still holds. Raises LeaseLost."""
+    if connection.dialect.name == "postgresql":
+        # A worker that is paused within its transaction would keep the row from the others for as long.
+        connection.exec_driver_sql(f"SET LOCAL idle_in_transaction_session_timeout = {IDLE_MILLISECONDS}")
     mine = sa.and_(runs.c.run_id == run.run_id, runs.c.epoch == run.epoch, runs.c.state == "running")
     if connection.execute(sa.update(runs).where(mine).values(values)).rowcount != 1:
         raise LeaseLost(f"run {run.run_id} is no longer this worker's")
