@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 DATA ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-real-data check format clean
+.PHONY: help setup demo test test-real-data check format clean bench-import
 
 help: ## Show this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -32,6 +32,9 @@ check: setup ## Lint, types, import rules, dependencies
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/deptry .
+
+bench-import: setup ## Measure importing 1,000,000 events into SQLite, and how long feedback waits meanwhile
+	$(BIN)/python benchmarks/import_speed.py
 
 format: setup ## Format the code and fix what can be fixed
 	$(BIN)/ruff check --fix .

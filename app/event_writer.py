@@ -50,16 +50,15 @@ class KnownIds:
 
 
 class SqliteWriter:
-    """Writes in transactions so short that a writer polling for the lock gets in between two of them.
+    """Writes in transactions so short that other writers, who poll for the lock, get in between two of them.
 
-    SQLite has one writer at a time, and one that waits polls after 1, 2, 5, 10, 15, 20, 25 … ms. So the lock is held
-    for about `HOLD_SECONDS` at a stretch (the chunks adapt to the disk) and left alone for `PAUSE_SECONDS`, more than
-    the polls that fall into the first stretch are apart. The events come sorted by user, so that a chunk touches few
-    pages of the index.
+    SQLite has one writer at a time. The lock is held for about `HOLD_SECONDS` at a stretch (the chunks adapt to the
+    disk) and then left alone for `PAUSE_SECONDS` and while the next chunk is made ready, longer than the polls of
+    `app.database.writing` are apart. The events come sorted by user, so that a chunk touches few pages of the index.
     """
 
     HOLD_SECONDS = 0.025
-    PAUSE_SECONDS = 0.011
+    PAUSE_SECONDS = 0.004
     CHECKPOINT_EVERY = 16  # chunks; a checkpoint does not hold the write lock, but it writes the hot pages once more
 
     def __init__(self, engine: Engine) -> None:
