@@ -51,7 +51,7 @@ def main() -> None:
 def write_events(path: Path, events: int, seed: int = 0) -> Path:
     """Users with even activity, items with a long tail, ratings with times."""
     chosen = np.random.default_rng(seed)
-    users = chosen.integers(0, max(events // 40, 1), events)
+    users = chosen.integers(0, 25_000, events)
     items = np.minimum((chosen.pareto(1.0, events) * 50).astype(np.int64), 20_000)
     table = pa.table(
         {
