@@ -286,7 +286,7 @@ def list_models(
     """List the versions, newest first; those that were published elsewhere are found by listing the store."""
     try:
         versions.discover(engine, registry)
-    except OSError as error:  # the store is gone; SQL still tells what is known
+    except Exception as error:  # whatever is wrong with the store, SQL still tells what is known
         log.warning("store not listed", reason=str(error))
     with engine.connect() as connection:
         query = sa.select(model_versions).order_by(model_versions.c.created_at.desc(), model_versions.c.version.desc())
