@@ -4,6 +4,7 @@ import json
 import threading
 import time
 from collections import OrderedDict
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,8 +28,34 @@ Mask = npt.NDArray[np.bool_]
 # A version that failed to load may have been hidden by an outage of the store: it is tried again this often.
 RETRY_SECONDS = 30.0
 REMEMBERED_CATEGORIES = 64
+REMEMBERED_ITEMS = 100_000
+MANY_IDS = 500
 
 _POINTER = sa.select(model_versions.c.version).where(model_versions.c.state == "active")
+
+
+class ItemIndices:
+    """Items as a version knows them. Those seen lately are kept, so that a request need not search the id map."""
+
+    def __init__(self, items: IdMap) -> None:
+        self._items = items
+        self._known: dict[str, int] = {}
+
+    def __call__(self, item_ids: Iterable[str]) -> npt.NDArray[np.int64]:
+        """The indices in the given order, without those of items that the version does not know."""
+        known = self._known
+        wanted = list(item_ids)
+        missing = [item_id for item_id in wanted if item_id not in known]
+        if len(missing) > MANY_IDS:  # one pass over the whole map; not kept, or a caller's list would push out the rest
+            indices = self._items.indices(wanted)
+            return indices[indices >= 0]
+        if len(known) + len(missing) > REMEMBERED_ITEMS:
+            known = self._known = {}  # a new one: other threads may be in the middle of reading the old
+            missing = wanted
+        for item_id in missing:
+            known[item_id] = self._items.index(item_id)
+        indices = np.fromiter((known[item_id] for item_id in wanted), np.int64, len(wanted))
+        return indices[indices >= 0]
 
 
 class Candidates:
@@ -95,6 +122,7 @@ class Active:
     recommender: Recommender
     manifest: Manifest
     candidates: Candidates
+    item_indices: ItemIndices
     erasures_through: int  # what was erased up to here was not in the training data
 
     @property
@@ -156,7 +184,7 @@ class ActiveModels:
         recommender, manifest = self._registry.load(version)
         through = self._erasures_through(manifest)
         candidates = Candidates(recommender.items, self._catalog, through)
-        active = Active(version, recommender, manifest, candidates, through)
+        active = Active(version, recommender, manifest, candidates, ItemIndices(recommender.items), through)
         # The first ranking allocates and touches every page: no request should wait for it.
         if recommender.num_items and (recommender.num_users or recommender.folds_in):
             user = 0 if recommender.num_users else -1

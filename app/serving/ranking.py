@@ -110,13 +110,11 @@ class Ranker:
     def _by_model(self, active: Active, user_id: str, history: History, query: Query) -> Ranking | None:
         recommender = active.recommender
         user_index = self._active_models.user_index(active, user_id)
-        seen = recommender.items.indices(history.item_ids)
-        seen = seen[seen >= 0]
+        seen = active.item_indices(history.item_ids)
         if user_index < 0 and not (recommender.folds_in and len(seen)):
             return None
         left_out = set(query.exclude) if query.include_seen else query.exclude | history.excluded
-        excluded = recommender.items.indices(list(left_out))
-        excluded = excluded[excluded >= 0]
+        excluded = active.item_indices(left_out)
         allowed = active.candidates.allowed(query.category)
         candidates = int(np.count_nonzero(allowed)) - int(np.count_nonzero(allowed[excluded]))
         if candidates <= 0:

@@ -187,14 +187,14 @@ def test_bad_parameters_are_named(client: TestClient) -> None:
         ({"k": 0}, "query.k"),
         ({"k": 1_000_000}, "query.k"),
         ({"k": "ten"}, "query.k"),
-        ({"category": "a/b"}, "query.category"),
+        ({"category": "\0"}, "query.category"),
         ({"exclude": ["fine", "\0"]}, "query.exclude.1"),
         ({"include_seen": "perhaps"}, "query.include_seen"),
         ({"explain": "true"}, "query.explain"),  # what does not exist yet is not passed over
         ({"cursor": "x"}, "query.cursor"),
     ]:
         response = client.get("/users/anna/recommendations", params=parameters)  # type: ignore[arg-type]
-        assert response.status_code == 422
+        assert response.status_code == 422, parameters
         assert response.headers["content-type"] == "application/problem+json"
         assert [error["field"] for error in response.json()["errors"]] == [field]
     too_many = {"exclude": [str(number) for number in range(10_001)]}
