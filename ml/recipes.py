@@ -18,15 +18,16 @@ from ml.models import (
 
 Loss = Literal["bpr", "weighted_bpr", "hinge", "triplet", "softmax", "bce"]
 Sampling = Literal["uniform", "popularity", "semi_hard", "hard"]
+Schedule = Literal["constant", "cosine"]
 # The smallest value of every number in a recipe or a model's configuration, and whether it may be reached.
 _MINIMUM: dict[str, tuple[float, bool]] = {
     "margin": (0, True), "negatives": (1, True), "pool": (0, True), "popularity_power": (0, True), "targets": (1, True),
     "learning_rate": (0, False), "l2": (0, True), "batch_size": (1, True), "epochs": (1, True), "patience": (1, True),
     "factors": (1, True), "tower_factors": (1, True), "hidden": (1, True), "window_length": (1, True),
     "horizontal_filters": (1, True), "vertical_filters": (1, True), "dropout": (0, True), "initial_scale": (0, False),
-    "unknown_user_share": (0, True),
+    "embedding_dropout": (0, True), "unknown_user_share": (0, True),
 }  # fmt: skip
-_BELOW_ONE = ("dropout", "unknown_user_share")
+_BELOW_ONE = ("dropout", "embedding_dropout", "unknown_user_share")
 
 
 def _values(settings: Any) -> list[tuple[str, Any]]:
@@ -48,7 +49,9 @@ class Recipe:
     """How a model is made and trained.
 
     `negatives` sampled items an example, `shared_negatives` one draw for the whole batch; "hard" and "semi_hard"
-    choose them from `pool` uniform ones by the model's own scores. `targets` items after a window are learnt at once.
+    choose them from `pool` uniform ones by the model's own scores. `targets` items after a window are learnt at once;
+    without a window, that many of a user's items, against the same samples. `batch_size` counts windows, or targets.
+    With the "cosine" schedule the learning rate falls to nothing over all `epochs`.
     Training stops after `patience` epochs without a better validation, or after `epochs`.
     """
 
@@ -64,6 +67,7 @@ class Recipe:
     popularity_power: float = 0.75
     targets: int = 1
     learning_rate: float = 0.001
+    schedule: Schedule = "constant"
     l2: float = 0.0
     batch_size: int = 1024
     epochs: int = 20
@@ -77,13 +81,11 @@ class Recipe:
         for key, value in [*_values(self), *_values(self.config)]:
             if key in _MINIMUM:
                 _check_number(key, value)
-        for key, kind in (("loss", Loss), ("sampling", Sampling)):
+        for key, kind in (("loss", Loss), ("sampling", Sampling), ("schedule", Schedule)):
             if (value := dict(_values(self))[key]) not in get_args(kind):
                 raise ValueError(f"{key} must be one of {', '.join(get_args(kind))}, not {value!r}")
         if isinstance(self.config, NeuMFConfig) and self.loss == "triplet":
             raise ValueError("the triplet loss compares vectors and NeuMF has none: use caser or matrix_factorization")
-        if self.targets > 1 and not isinstance(self.config, CaserConfig):
-            raise ValueError("several targets follow a window of items, which only caser has: use targets=1")
         if self.sampling in ("hard", "semi_hard") and self.pool < self.negatives:
             raise ValueError(f"{self.sampling} sampling chooses from a pool: set pool to {self.negatives} or more")
         if self.loss == "triplet" and isinstance(self.config, CaserConfig | MatrixFactorizationConfig):
@@ -108,12 +110,15 @@ RECIPES: dict[str, Recipe] = {
     "neumf": Recipe(
         name="neumf",
         model="neumf",
-        config=NeuMFConfig(factors=64, tower_factors=16, hidden=(16, 8)),
-        negatives=128,
+        config=NeuMFConfig(),
+        negatives=512,
         shared_negatives=True,
-        learning_rate=0.002,
-        l2=1e-4,
-        batch_size=512,
+        targets=64,
+        learning_rate=0.01,
+        schedule="cosine",
+        batch_size=2048,
+        epochs=20,
+        patience=5,
     ),
     "caser": Recipe(
         name="caser",
@@ -122,7 +127,9 @@ RECIPES: dict[str, Recipe] = {
         negatives=512,
         shared_negatives=True,
         learning_rate=0.005,
+        schedule="cosine",
         batch_size=512,
+        epochs=10,
     ),
     "matrix_factorization": Recipe(
         name="matrix_factorization",
@@ -139,7 +146,7 @@ RECIPES: dict[str, Recipe] = {
     "neumf-seeds": Recipe(
         name="neumf-seeds",
         model="neumf",
-        config=NeuMFConfig(factors=10, tower_factors=10, hidden=(10, 10, 10), item_bias=False),
+        config=NeuMFConfig(factors=10, tower_factors=10, hidden=(10, 10, 10), embedding_dropout=0.0, item_bias=False),
         loss="bpr",
         learning_rate=0.01,
         l2=1e-5,
@@ -149,7 +156,7 @@ RECIPES: dict[str, Recipe] = {
     "caser-seeds": Recipe(
         name="caser-seeds",
         model="caser",
-        config=CaserConfig(factors=10, shared_items=False, dropout=0.05, unknown_user_share=0.0),
+        config=CaserConfig(factors=10, shared_items=False, dropout=0.05, embedding_dropout=0.0, unknown_user_share=0.0),
         loss="bpr",
         learning_rate=0.04,
         l2=1e-5,

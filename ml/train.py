@@ -78,10 +78,10 @@ def train(
 ) -> TrainResult:
     """Train a recipe on interactions, and keep the weights of the epoch with the best validation nDCG@10.
 
-    Without `validation_metric` it trains for all epochs and keeps the last weights. `epochs` replaces the recipe's.
-    `initial` gives the weights to start from. With `checkpoint`, the state is saved there after every epoch, and a
-    training that finds its own state there goes on from it: on a CPU the result is the same to the last digit. A
-    callback may raise to stop the training.
+    Without `validation_metric` it trains for all epochs and keeps the last weights. `epochs` is how many to train
+    instead of the recipe's. `initial` gives the weights to start from. With `checkpoint`, the state is saved there
+    after every epoch, and a training that finds its own state there goes on from it: on a CPU the result is the same
+    to the last digit. A callback may raise to stop the training.
     """
     device = torch.device(device)
     if len(interactions) == 0:
@@ -153,11 +153,18 @@ class _Loop:
         """Show the model every example once, in a new order."""
         self.model.train()
         number, size = len(self.examples), self.recipe.batch_size
-        order = torch.randperm(number, generator=self.generator, device=self.device)
+        if self.model.window_length == 0 and self.recipe.targets > 1:
+            # Without a window, the targets of a step are any of a user's items, who are scored against one draw.
+            order = self.examples.group(self.recipe.targets, self.generator)
+            size = max(1, round(size * len(order) / number))  # groups that hold about batch_size targets
+        else:
+            order = torch.arange(number, device=self.device)
+        order = order[torch.randperm(len(order), generator=self.generator, device=self.device)]
         total = torch.zeros((), dtype=torch.float64, device=self.device)
-        steps = -(-number // size)
+        steps = -(-len(order) // size)
         started = reported = time.perf_counter()
         for step in range(steps):
+            self._set_rate(self.epoch + step / steps)
             loss = self._step(order[step * size : (step + 1) * size])
             total += loss
             if self.device.type == "cpu" or step % GPU_LOOK_EVERY == GPU_LOOK_EVERY - 1 or step == steps - 1:
@@ -167,7 +174,7 @@ class _Loop:
                 now = time.perf_counter()
                 if self.on_progress is not None and now - reported >= SECONDS_BETWEEN_REPORTS:
                     reported = now
-                    self._report(min(number, (step + 1) * size), now - started, value)
+                    self._report(number * (step + 1) // steps, now - started, value)
         if not all(bool(parameter.isfinite().all()) for parameter in self.model.parameters()):
             raise self._not_finite("weights", steps)
         self.epoch += 1
@@ -175,13 +182,23 @@ class _Loop:
         self.train_seconds += seconds
         self.history.append({"epoch": self.epoch, "loss": float(total) / steps, "seconds": seconds})
 
+    def _set_rate(self, epochs_done: float) -> None:
+        """Set the learning rate; a schedule spans the recipe's epochs, also where fewer are trained.
+
+        So a refit for the epochs that validation chose goes the way that was validated.
+        """
+        if self.recipe.schedule == "cosine":
+            done = epochs_done / max(self.recipe.epochs, self.epochs)
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.recipe.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
+
     def _step(self, positions: Tensor) -> Tensor:
         """Learn from the examples at these positions; returns their loss."""
         recipe, examples = self.recipe, self.examples
         users = examples.users[positions]
         windows = examples.windows(positions, self.model.window_length)
         targets, is_target = examples.targets(positions, recipe.targets)
-        weight = examples.weight(positions)
+        weight = examples.weight(positions, recipe.targets)
         number = recipe.pool if self.is_hard else recipe.negatives
         draw = self.sampler.sample_shared if recipe.shared_negatives else self.sampler.sample
         negatives = draw(users, number, self.generator)
@@ -328,6 +345,7 @@ class Examples:
         self.offsets = torch.as_tensor(interactions.offsets, dtype=torch.int64, device=device)
         weights = interactions.weight
         self.weights = None if weights is None else torch.as_tensor(weights, dtype=torch.float32, device=device)
+        self._in_time = (self.items, self.weights)
 
     def __len__(self) -> int:
         return len(self.users)
@@ -346,9 +364,23 @@ class Examples:
         end = self.offsets[self.users[positions] + 1].unsqueeze(1)
         return self.items[rows.clamp(max=len(self.items) - 1)], rows < end
 
-    def weight(self, positions: Tensor) -> Tensor | None:
-        """The weights of the examples, (batch, 1), or None where all weigh the same."""
-        return None if self.weights is None else self.weights[positions].unsqueeze(1)
+    def weight(self, positions: Tensor, number: int) -> Tensor | None:
+        """The weights of the targets, (batch, number), or None where all weigh the same."""
+        if self.weights is None:
+            return None
+        rows = positions.unsqueeze(1) + torch.arange(number, device=positions.device)
+        return self.weights[rows.clamp(max=len(self.items) - 1)]
+
+    def group(self, number: int, generator: torch.Generator) -> Tensor:
+        """Shuffle the items within each user; returns the positions where groups of up to `number` begin."""
+        shuffled = torch.randperm(len(self.users), generator=generator, device=self.users.device)
+        rows = shuffled[torch.argsort(self.users[shuffled], stable=True)]
+        # Always from the order of the data, so that a resumed training shuffles as one that never stopped.
+        items, weights = self._in_time
+        self.items = items[rows]
+        self.weights = None if weights is None else weights[rows]
+        places = torch.arange(len(self.users), device=self.users.device) - self.offsets[self.users]
+        return torch.nonzero(places % number == 0).flatten()
 
 
 def _count(

@@ -26,6 +26,7 @@ class CaserConfig:
     horizontal_filters: int = 16
     vertical_filters: int = 4
     dropout: float = 0.3
+    embedding_dropout: float = 0.3
     item_bias: bool = True
     initial_scale: float = 0.01
     unknown_user_share: float = 0.1
@@ -71,11 +72,12 @@ class Caser(RankingModel):
         if self.straight is not None:
             nn.init.constant_(self.straight.weight, 1 / length)
         self.dropout = nn.Dropout(config.dropout)
+        self.embedding_dropout = nn.Dropout(config.embedding_dropout)
         self.compare = pair_scores if config.similarity == "dot" else negative_distances
 
     def encode(self, users: Tensor, windows: Tensor) -> Tensor:
-        user_factors = self.user_factors(torch.where(users < 0, self.num_users, users))
-        images = self.window_factors(windows)  # (batch, length, width)
+        user_factors = self.embedding_dropout(self.user_factors(torch.where(users < 0, self.num_users, users)))
+        images = self.embedding_dropout(self.window_factors(windows))  # (batch, length, width)
         sequence = self._convolve(images)
         if self.projection is None or self.straight is None:
             return torch.cat((sequence, user_factors), 1)

@@ -22,9 +22,10 @@ class NeuMFConfig:
     """Sizes of NeuMF: `factors` of the factorisation, `tower_factors` of each embedding under the tower of `hidden`."""
 
     factors: int = 64
-    tower_factors: int = 32
-    hidden: tuple[int, ...] = (64, 32)
+    tower_factors: int = 16
+    hidden: tuple[int, ...] = (32, 16)
     dropout: float = 0.0
+    embedding_dropout: float = 0.2
     item_bias: bool = True
     initial_scale: float = 0.01
 
@@ -54,6 +55,7 @@ class NeuMF(RankingModel):
         self.item_layer = nn.Linear(tower, config.hidden[0], bias=False)
         self.deeper_layers = nn.ModuleList(nn.Linear(inner, outer) for inner, outer in pairwise(config.hidden))
         self.dropout = nn.Dropout(config.dropout)
+        self.embedding_dropout = nn.Dropout(config.embedding_dropout)
         self.factor_weights = nn.Parameter(torch.ones(config.factors))
         self.tower_weights = nn.Parameter(torch.empty(config.hidden[-1]))
         for layer in (self.user_layer, self.item_layer, *self.deeper_layers):
@@ -64,8 +66,9 @@ class NeuMF(RankingModel):
 
     def encode(self, users: Tensor, windows: Tensor) -> Tensor:  # noqa: ARG002
         """The user's weighted factors beside their share of the tower's first layer."""
-        factors = self.user_factors(users) * self.factor_weights
-        return torch.cat((factors, self.user_layer(self.user_tower(users))), 1)
+        factors = self.embedding_dropout(self.user_factors(users)) * self.factor_weights
+        tower = self.embedding_dropout(self.user_tower(users))
+        return torch.cat((factors, self.user_layer(tower)), 1)
 
     def score(self, encoded: Tensor, items: Tensor) -> Tensor:
         width = len(self.factor_weights)

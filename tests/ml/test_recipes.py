@@ -28,7 +28,11 @@ def test_overrides_are_typed_by_their_key() -> None:
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("learning_rates", "1", "unknown setting 'learning_rates' for caser; it takes batch_size, dropout, epochs"),
+        (
+            "learning_rates",
+            "1",
+            "unknown setting 'learning_rates' for caser; it takes batch_size, dropout, embedding_dropout, epochs",
+        ),
         ("hidden", "8,4", "unknown setting 'hidden'"),
         ("learning_rate", "-0.1", "learning_rate must be more than 0, not -0.1"),
         ("learning_rate", "nan", "learning_rate must be more than 0"),
@@ -39,6 +43,7 @@ def test_overrides_are_typed_by_their_key() -> None:
         ("dropout", "1", "dropout must be below 1"),
         ("window_length", "0", "window_length must be at least 1"),
         ("item_bias", "maybe", "item_bias must be true or false"),
+        ("schedule", "daily", "schedule must be one of constant, cosine"),
         ("loss", "magic", "loss must be one of bpr, weighted_bpr, hinge, triplet, softmax, bce"),
         ("sampling", "hard", "hard sampling chooses from a pool: set pool"),
         ("name", "mine", "unknown setting 'name'"),
@@ -52,11 +57,6 @@ def test_wrong_overrides_name_what_is_right(key: str, value: str, message: str) 
 def test_neumf_refuses_the_triplet_loss() -> None:
     with pytest.raises(ValueError, match="use caser or matrix_factorization"):
         apply_overrides(RECIPES["neumf"], {"loss": "triplet"})
-
-
-def test_only_windows_have_several_targets() -> None:
-    with pytest.raises(ValueError, match="only caser"):
-        apply_overrides(RECIPES["neumf"], {"targets": "2"})
 
 
 def test_the_triplet_loss_makes_the_model_rank_by_distance() -> None:
