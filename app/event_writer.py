@@ -57,7 +57,7 @@ class SqliteWriter:
     `app.database.writing` are apart. The events come sorted by user, so that a chunk touches few pages of the index.
     """
 
-    HOLD_SECONDS = 0.030
+    HOLD_SECONDS = 0.020
     PAUSE_SECONDS = 0.004
     CHECKPOINT_EVERY = 16  # chunks; a checkpoint does not hold the write lock, but it writes the hot pages once more
 
@@ -117,7 +117,7 @@ class SqliteWriter:
 
     def _adapt(self, held: float) -> None:
         factor = min(max(self.HOLD_SECONDS / max(held, 1e-6), 0.5), 1.25)
-        self._chunk = int(min(max(self._chunk * factor, 2_000), 10_000))
+        self._chunk = int(min(max(self._chunk * factor, 1_500), 10_000))
         self._chunks_written += 1
         if self._chunks_written % self.CHECKPOINT_EVERY == 0:
             self._connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
