@@ -57,7 +57,7 @@ READY_SECONDS = 60.0
 class Marker:
     """What a data folder holds of the demo, kept in a file in it."""
 
-    source: str  # identity of the imported files, or `generated`
+    source: str  # format and name of the imported files, or `generated`
     name: str
     imported: bool
 
@@ -126,11 +126,15 @@ def _settings(port: int | None, data_dir: Path | None) -> Settings:
 def _folder_for(source: Source | None, settings: Settings) -> Settings:
     """Keep data sets apart: a folder that holds the demo on other data gets one of this data's own inside."""
     marker = Marker.read(settings.data_dir)
-    if source is None or marker is None or marker.source == source.identity:
+    if source is None or marker is None or marker.source == _identity(source):
         return settings
     folder = settings.data_dir / f"demo-{source.name}"
     typer.echo(f"{settings.data_dir} holds the demo on {marker.name}; this one goes to {folder}.", err=True)
     return settings.model_copy(update={"data_dir": folder})
+
+
+def _identity(source: Source) -> str:
+    return f"{source.format} {source.name}"
 
 
 def _check_port(settings: Settings) -> None:
@@ -170,7 +174,7 @@ def _fill(engine: Engine, settings: Settings, source: Source | None) -> None:
         source = _generated(settings)
         marker = Marker(GENERATED, "a generated catalogue", imported=False)
     else:
-        marker = Marker(source.identity, source.name, imported=False)
+        marker = Marker(_identity(source), source.name, imported=False)
     marker.write(settings.data_dir)
     with shown(f"Importing {marker.name}") as show:
         report = import_source(engine, source, on_progress=lambda report, share: show(share, figures(report)))

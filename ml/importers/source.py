@@ -45,7 +45,12 @@ class Source(ABC):
             rejects = batch.rejects
             for start in range(0, max(len(batch), 1), batch_rows):
                 rows = batch.rows[start : start + batch_rows]
-                yield replace(batch, table=table.slice(start, batch_rows), rows=rows, rejects=rejects)
+                ids, retracts = (
+                    None if column is None else column.slice(start, batch_rows)
+                    for column in (batch.event_ids, batch.retracts)
+                )
+                part = table.slice(start, batch_rows)
+                yield replace(batch, table=part, rows=rows, rejects=rejects, event_ids=ids, retracts=retracts)
                 rejects = []
 
     def catalogue(self) -> Iterator[CatalogueItem]:

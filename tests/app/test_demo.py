@@ -181,7 +181,7 @@ def test_an_unfinished_import_is_finished_and_own_events_are_left_alone(
     demo._fill(engine, settings, source)
     with engine.begin() as connection:
         connection.execute(sa.delete(events).where(events.c.position > 1_000))
-    demo.Marker(source.identity, source.name, imported=False).write(settings.data_dir)
+    demo.Marker(demo._identity(source), source.name, imported=False).write(settings.data_dir)
     demo._fill(engine, settings, source)
     with engine.connect() as connection:
         assert connection.execute(sa.select(sa.func.count()).select_from(events)).scalar_one() == 4_000
@@ -201,5 +201,5 @@ def test_other_data_goes_to_a_folder_of_its_own(tmp_path: Path, data: Path) -> N
     assert demo._folder_for(None, settings).data_dir == tmp_path / "data"
     assert demo._folder_for(source, settings).data_dir == tmp_path / "data" / "demo-shop"
 
-    demo.Marker(source.identity, source.name, imported=True).write(settings.data_dir)
+    demo.Marker(demo._identity(source), source.name, imported=True).write(settings.data_dir)
     assert demo._folder_for(source, settings).data_dir == tmp_path / "data"
