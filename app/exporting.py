@@ -10,7 +10,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
 from typing import IO, Any, Protocol
 
@@ -21,6 +21,7 @@ import typer
 from sqlalchemy.engine import Engine
 
 from app.tables import events, items, users
+from app.times import rfc3339
 
 PAGE = 10_000
 
@@ -77,11 +78,6 @@ def rows(engine: Engine, what: str) -> Iterator[list[Row]]:
             return
         last = page[-1]["page_key"]
         yield [{name: row[name] for name in SCHEMAS[what].names} for row in page]
-
-
-def rfc3339(time: datetime) -> str:
-    """A time in UTC to the microsecond, as the HTTP interface writes it."""
-    return time.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
 
 
 def _json_text(value: Any) -> str | None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BeforeValidator, JsonValue, StringConstraints, TypeAdapter, ValidationError
@@ -20,6 +21,8 @@ EVENT_TYPE_PATTERN = r"^[A-Za-z0-9_][A-Za-z0-9_.:-]{0,63}$"
 # `|` stands between categories in CSV.
 CATEGORY_PATTERN = rf"^[^|{_UNPRINTABLE}]+$"
 TEXT_PATTERN = r"^[^\x00]*$"
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 MAX_METADATA_BYTES = 16_384
 MAX_METADATA_DEPTH = 16
@@ -48,7 +51,7 @@ def _check_json(value: Any) -> Any:
             elif isinstance(part, list):
                 below.extend(part)
             elif isinstance(part, str):
-                if "\0" in part or any("\ud800" <= character <= "\udfff" for character in part):
+                if "\0" in part or _SURROGATE.search(part):
                     raise ValueError("text must be Unicode without NUL and without halves of surrogate pairs")
             elif isinstance(part, float) and not math.isfinite(part):
                 raise ValueError("numbers must be finite")

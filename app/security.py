@@ -319,11 +319,19 @@ async def _keyless(request: Request, keys: KeyRing, scope: Scope | None) -> Call
     # A page in a browser on this machine, or a proxy on it, must not lend its place to others: hence the names too.
     origin = request.headers.get("origin")
     forwarded = any(name in request.headers for name in ("forwarded", "x-forwarded-for", "x-real-ip"))
-    local = is_loopback(client) and is_loopback(request.url.hostname) and not forwarded
-    if not local or (origin is not None and not is_loopback(urlsplit(origin).hostname)):
+    host = request.headers.get("host")
+    local = is_loopback(client) and (host is None or is_loopback(_hostname(f"//{host}"))) and not forwarded
+    if not local or (origin is not None and not is_loopback(_hostname(origin))):
         detail = "While no API key exists, only programs on this machine may call, by a loopback address."
         raise Problem(401, detail=f"{detail} Make a key with `shortlist keys create`.", headers=_CHALLENGE)
     return LOOPBACK
+
+
+def _hostname(url: str) -> str | None:
+    try:
+        return urlsplit(url).hostname
+    except ValueError:  # a bracket left open
+        return None
 
 
 # What routes declare: `caller: Admin`, `_: Recommend`.

@@ -31,11 +31,12 @@ _SECRETS = (
     (re.compile(r"\b(bearer|basic)\s+[A-Za-z0-9._~+/=%-]{6,}", re.IGNORECASE), rf"\1 {REDACTED}"),
     # user:password@host in the URL of a database or store
     (re.compile(r"(?<=://)([^/\s:@'\"]*):[^/\s'\"]*@"), rf"\1:{REDACTED}@"),
-    # password=… in a connection string, ?token=… in a URL, 'x-api-key': '…' in a printed dictionary
+    # password=… in a connection string, ?token=… in a URL, 'x-api-key': '…' in a printed dictionary. Bounded, so that
+    # a long text takes a time in proportion: callers choose what stands in a path.
     (
         re.compile(
-            r"((?:[\w-]*(?:password|passwd|passphrase|secret|token|api[-_]?key|credential|authorization|cookie)[\w-]*)"
-            r"[\"']?(?:%3D|\s*[=:]\s*)[\"']?)(?!\[redacted\])(?!(?:bearer|basic)\s)([^\s\"'&;,)}\]]+)",
+            r"((?:password|passwd|passphrase|secret|token|api[-_]?key|credential|authorization|cookie)[\w-]{0,64}"
+            r"[\"']?(?:%3D|\s{0,8}[=:]\s{0,8})[\"']?)(?!\[redacted\])(?!(?:bearer|basic)\s)([^\s\"'&;,)}\]]+)",
             re.IGNORECASE,
         ),
         rf"\1{REDACTED}",

@@ -8,7 +8,8 @@ from pydantic import PlainSerializer, WithJsonSchema
 
 def rfc3339(time: datetime) -> str:
     """A time in UTC, always to the microsecond, so that texts sort as times do."""
-    return time.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+    # Not by strftime, which leaves out zeros of years before 1000.
+    return time.astimezone(UTC).replace(tzinfo=None).isoformat(timespec="microseconds") + "Z"
 
 
 # A field of a response.

@@ -182,6 +182,10 @@ def test_without_a_key_only_this_machine_is_served(engine: Engine, connect: Conn
         {"Host": "rebound.example:8000"},  # a name that a page made to point here
         {"Origin": "https://example.org"},  # a page of another site
         {"Origin": "null"},
+        {"Origin": "http://["},
+        {"Host": "rebound.example, 127.0.0.1"},  # not a name at all: nothing to fall back from
+        {"Host": "127.0.0.1@rebound.example"},
+        {"Host": "["},
     ):
         assert local.get("/any", headers=headers).status_code == 401, headers
     for headers in ({"Host": "localhost:8000"}, {"Host": "[::1]:8000"}, {"Origin": "http://localhost:8000"}):
