@@ -93,7 +93,7 @@ def _records(path: Path, problem: Problem) -> Iterator[tuple[int, dict[str, Any]
         for line, text in checked_lines(path, "utf-8", bad_text):
             try:
                 record = json.loads(text)
-            except ValueError:
+            except (ValueError, RecursionError):
                 record = None
             if isinstance(record, dict):
                 yield line, record

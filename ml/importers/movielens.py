@@ -47,7 +47,7 @@ class MovieLens(Source):
         self._delimiter = {".data": "\t", ".dat": "::", ".csv": ","}[ratings.suffix]
         if ratings.suffix == ".csv":
             with ratings.open(encoding="utf-8-sig", errors="replace") as opened:
-                header = opened.readline().strip().replace('"', "").split(",")
+                header = opened.readline(1000).strip().replace('"', "").split(",")
             if header != ["userId", "movieId", "rating", "timestamp"]:
                 raise ValueError(
                     f"{ratings} begins with {','.join(header)[:80]!r} instead of userId,movieId,rating,timestamp; "

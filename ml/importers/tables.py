@@ -2,6 +2,7 @@
 
 import csv
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,8 @@ COLUMN_NAMES: dict[str, tuple[str, ...]] = {
     "retracts": ("retracts",),
 }
 _REQUIRED = ("user", "item")
+_LONGEST_HEADER = 1 << 20
+_BLOCKS_LOOKED_AT = 16  # for a first row that is good
 
 
 def check_column_options(columns: Mapping[str, str]) -> None:
@@ -76,11 +79,14 @@ class Csv(_Table):
     def __init__(self, path: Path, file: Path, columns: Mapping[str, str], reading: Reading) -> None:
         super().__init__(path, [file], reading)
         with file.open(encoding="utf-8-sig", errors="replace") as opened:
-            first = opened.readline().rstrip("\r\n")
+            first = opened.readline(_LONGEST_HEADER).rstrip("\r\n")
         if not first:
             raise ValueError(f"{file} has no header line; CSV needs one that names its columns")
         self._delimiter = max(",\t;", key=first.count)
-        self._names = next(csv.reader([first], delimiter=self._delimiter))
+        try:
+            self._names = next(csv.reader([first], delimiter=self._delimiter))
+        except csv.Error as error:
+            raise ValueError(f"{file} has no header line that names its columns: {error}") from None
         chosen = choose_columns(self._names, columns, f"{file.name} (its first line)")
         self._columns = {role: self._names.index(name) for role, name in chosen.items()}
         self.has_times = "time" in chosen
@@ -99,8 +105,9 @@ class JsonLines(_Table):
     def __init__(self, path: Path, file: Path, columns: Mapping[str, str], reading: Reading) -> None:
         super().__init__(path, [file], reading)
         self._fields = {role: (columns[role],) if role in columns else names for role, names in COLUMN_NAMES.items()}
-        first = next((json_rows(block, self._fields) for block in read_blocks(file, block_bytes=1 << 16)), None)
-        if first is not None and len(first.rows):
+        blocks = islice(read_blocks(file, block_bytes=1 << 16), _BLOCKS_LOOKED_AT)
+        first = next((rows for block in blocks if len((rows := json_rows(block, self._fields)).rows)), None)
+        if first is not None:
             for role in _REQUIRED:
                 if getattr(first, role).null_count == len(first.rows):
                     raise ValueError(
@@ -130,6 +137,8 @@ class Parquet(_Table):
             except pa.ArrowInvalid as error:
                 raise ValueError(f"{file} is not a Parquet file: {error}") from None
             chosen = choose_columns(names, columns, file.name)
+            if twice := [name for name in chosen.values() if names.count(name) > 1]:
+                raise ValueError(f"{file.name} has several columns {twice[0]!r}; give them different names")
             if self._columns and chosen != self._columns:
                 raise ValueError(f"{file.name} has other columns than {files[0].name}; all files need the same")
             self._columns = chosen

@@ -58,19 +58,21 @@ def read_blocks(
         for _ in range(skip_lines):
             source.readline()
             line += 1
+        asked = block_bytes
         while True:
-            chunk = source.read(block_bytes)
+            chunk = source.read(asked)
             data = carried + chunk
             if not data:
                 return
-            at_end = len(chunk) < block_bytes
+            at_end = len(chunk) < asked
             end = len(data) if at_end else _last_row_end(data, quoted)
             if end == 0:
                 if len(data) > _LONGEST_ROW:
                     raise ValueError(f"{path.name}: line {line} is longer than {_LONGEST_ROW >> 20} MiB; is this text?")
                 carried = data
+                asked = len(data)  # doubled, so that a long row is not looked through again and again
                 continue
-            whole, carried = data[:end], data[end:]
+            whole, carried, asked = data[:end], data[end:], block_bytes
             block, line = _block(whole, line, quoted, source.tell() / size)
             if len(block):
                 yield block
@@ -278,7 +280,7 @@ def _parse_json(block: Block, columns: Mapping[str, Sequence[str]]) -> dict[str,
     """Parse a block whose rows look all like its first one; None where they do not."""
     try:
         first = json.loads(block.row(0))
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     if not isinstance(first, dict):
         return None
@@ -312,7 +314,7 @@ def _parse_json(block: Block, columns: Mapping[str, Sequence[str]]) -> dict[str,
 def _json_values(row: bytes, columns: Mapping[str, Sequence[str]]) -> dict[str, str | None]:
     try:
         record = json.loads(row)
-    except ValueError:  # also what is not UTF-8
+    except (ValueError, RecursionError):  # also what is not UTF-8, or nested without end
         raise ValueError("the row is not JSON") from None
     if not isinstance(record, dict):
         raise ValueError("the row is not a JSON object")
