@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 import typer
 
 from ml.importers import RejectLog, Source, open_source
+from ml.importers.retractions import Retractions
 from ml.importers.sequences import UsersLayout
 from ml.snapshots import DEFAULT_MEANINGS, EventMeaning, Snapshot, make_snapshot, publish, write_part
 from ml.store import Store, open_store
@@ -50,11 +51,13 @@ def import_snapshot(
 
 
 def _tables(source: Source, rejects: RejectLog, on_progress: Callable[[float, int], None]) -> Iterator[pa.Table]:
-    """Yield the events in tables of ROWS_PER_PART rows, the last one shorter."""
+    """Yield the events in tables of ROWS_PER_PART rows, the last one shorter, and at the end what takes events back."""
+    retractions = Retractions()
     pending: list[pa.Table] = []
     waiting = rows = 0
-    for batch in source.events():
-        rejects.add(batch)
+    for whole in source.events():
+        rejects.add(whole)
+        batch = retractions.without(whole)
         rows += len(batch)
         on_progress(batch.progress, rows)
         pending.append(batch.table)
@@ -66,6 +69,10 @@ def _tables(source: Source, rejects: RejectLog, on_progress: Callable[[float, in
             waiting -= ROWS_PER_PART
     if waiting:
         yield pa.concat_tables(pending)
+    taken_back, unknown = retractions.resolved(source, first=1)  # positions count from 1
+    rejects.refuse(unknown)
+    if len(taken_back):
+        yield taken_back
 
 
 def named_columns(texts: list[str]) -> dict[str, str]:

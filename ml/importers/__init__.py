@@ -14,6 +14,7 @@ from ml.importers.detect import FORMATS, detect
 from ml.importers.events import EVENT_SCHEMA, SYNTHETIC_START, EventBatch, Reading, Reject
 from ml.importers.movielens import MovieLens
 from ml.importers.rejects import MAX_BAD_SHARE, RejectLog, TooManyRejects
+from ml.importers.retractions import Retractions
 from ml.importers.sequences import Pairs, Predefined, Sequences, UsersLayout
 from ml.importers.source import Source
 from ml.importers.tables import Csv, JsonLines, Parquet, check_column_options
@@ -91,20 +92,25 @@ def load(
     rejects: RejectLog | None = None,
     on_progress: Callable[[float], None] = lambda _share: None,
 ) -> Loaded:
-    """Read a source into interactions; without times, their time is the row number.
+    """Read a source into interactions, less what is taken back; without times, their time is the row number.
 
     TooManyRejects ends the reading if more rows are bad than `rejects` allows.
     """
     log = rejects if rejects is not None else RejectLog()
 
     def tables() -> Iterator[pa.Table]:
-        for batch in source.encoded():
-            log.add(batch)
-            on_progress(batch.progress)
+        retractions = Retractions()
+        for whole in source.encoded():
+            log.add(whole)
+            on_progress(whole.progress)
+            batch = retractions.without(whole)
             table = batch.table
             if not source.has_times:
                 table = table.set_column(table.schema.get_field_index("time"), "time", pa.array(batch.rows))
             yield table
+        table, unknown = retractions.resolved(source, first=0)
+        log.refuse(unknown)
+        yield table
 
     interactions = Interactions.from_events(tables(), meanings)
     log.judge()

@@ -48,6 +48,12 @@ class RejectLog:
             if self._writer is not None:
                 self._writer.writerow(reject)
 
+    def refuse(self, rejects: Iterable[Reject]) -> None:
+        """Count and write rows that were good when they were added and are refused after all."""
+        refused = list(rejects)
+        self.accepted -= len(refused)
+        self.add_rejects(refused)
+
     def judge(self) -> None:
         """Raise TooManyRejects if the share of bad rows is above the limit."""
         rows = self.accepted + self.rejected

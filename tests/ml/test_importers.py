@@ -8,7 +8,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from ml.importers import EVENT_SCHEMA, EventBatch, load, load_interactions, open_source
+from ml.importers import EVENT_SCHEMA, EventBatch, RejectLog, load, load_interactions, open_source
+from ml.importers.text import read_blocks
+from ml.interactions import Interactions
 
 
 def read(path: Path, *args, **options) -> tuple[list[dict], list[tuple]]:
@@ -361,6 +363,44 @@ def test_items_and_users_beside_the_events(folder: Path, ending: str) -> None:
     assert (second.item_id, second.title, second.categories, second.metadata) == ("y", None, [], {})
     assert [reject.reason.split(": ")[1] for reject in source.catalogue_rejects] == ["item id holds a slash"]
     assert [(user.user_id, user.metadata) for user in source.users()] == [("a", {"country": "PT"})]
+
+
+def test_rows_nested_without_end_are_refused_alone(folder: Path) -> None:
+    nested = "[" * 100_000
+    good = '{"user_id": "u", "item_id": "i"}'
+    for first in (nested, good, '{"user_id": "u", "item_id": "i", "more": ' + nested + "]" * 100_000 + "}"):
+        rows, rejects = read(write(folder, "events.jsonl", f"{first}\n{nested}\n{good}\n"))
+        assert triples(rows)[-1] == ("u", "i", None)
+        assert rejects[-1][:2] == (2, "the row is not JSON")
+    items = write(folder, "items.jsonl", f'{nested}\n{{"item_id": "i"}}\n')
+    assert items.exists()
+    source = open_source(folder / "events.jsonl")
+    assert [item.item_id for item in source.catalogue()] == ["i"]
+    assert len(source.catalogue_rejects) == 1
+
+
+def test_a_row_far_longer_than_a_block_is_read_in_few_steps(folder: Path) -> None:
+    path = write(folder, "events.txt", "u " + "i " * 50_000 + "\nv j\n")
+    blocks = list(read_blocks(path, block_bytes=16))
+    lengths = [len(block.row(index).split()) for block in blocks for index in range(len(block))]
+    assert (lengths, len(blocks)) == ([50_001, 2], 1)  # in steps of 16 bytes the second row comes by itself
+
+
+def test_what_is_taken_back_does_not_train(folder: Path) -> None:
+    text = (
+        "event_id,user_id,item_id,type,time,retracts\n3,u,a,retract,9,1\n1,u,a,view,1,\n2,u,b,view,2,\n1,v,a,view,3,\n"
+    )
+    path = write(folder, "events.csv", text + "4,v,a,retract,9,2\n")
+    log = RejectLog(max_bad_share=0.5)
+    found = load(open_source(path), rejects=log).interactions
+    taken = [(found.users.id(int(u)), found.items.id(int(i))) for u, i in zip(*_indices(found), strict=True)]
+    assert taken == [("u", "b"), ("v", "a")]
+    assert (log.accepted, log.rejected) == (4, 1)
+    assert log.examples[0] == (6, "it takes back an event that this user does not have", "v, 2")
+
+
+def _indices(interactions: Interactions) -> tuple[list[int], list[int]]:
+    return interactions.user_index.tolist(), interactions.item_index.tolist()
 
 
 def test_what_cannot_be_read_says_what_was_found(folder: Path) -> None:

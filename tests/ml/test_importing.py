@@ -70,6 +70,24 @@ def test_parts_hold_the_same_events_however_they_are_cut(tmp_path: Path, monkeyp
     assert interactions.items.ids(interactions.history(0)[:3]) == ["i0", "i7", "i14"]
 
 
+def test_what_is_taken_back_is_so_in_the_snapshot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importing, "ROWS_PER_PART", 2)
+    data = tmp_path / "events.jsonl"
+    rows = [("e0", "retract", "a", "e3"), *((f"e{n}", "view", "abc"[n % 3], None) for n in range(5))]
+    data.write_text(
+        "".join(
+            json.dumps({"event_id": id_, "user_id": "u", "item_id": item, "type": type_, "retracts": retracts}) + "\n"
+            for id_, type_, item, retracts in rows
+        )
+    )
+    store = open_store(tmp_path / "store")
+    found = json.loads(run("import", "--data", data, "--store", tmp_path / "store", "--json"))
+    assert (found["events"], found["watermark"]["position"]) == (6, 6)
+    snapshot = read_snapshot(store, found["snapshot"])
+    interactions = Interactions.from_events(read_parts(store, snapshot), snapshot.meanings)
+    assert interactions.items.ids(interactions.item_index) == ["a", "b", "c", "b"]
+
+
 def test_what_is_refused_leaves_no_snapshot(tmp_path: Path) -> None:
     store = FolderStore(tmp_path / "store")
     bad = tmp_path / "pairs.txt"
