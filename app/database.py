@@ -16,6 +16,13 @@ BUSY_TIMEOUT_SECONDS = 30
 BUSY_POLL_SECONDS = 0.001
 CONNECT_TIMEOUT_SECONDS = 3
 POOL_TIMEOUT_SECONDS = 5
+# A network that swallows everything is noticed after about ten seconds; by itself TCP takes a quarter of an hour.
+LOST_NETWORK = {
+    "keepalives_idle": 5,
+    "keepalives_interval": 2,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 10_000,
+}
 
 
 def create_engine(url: str | URL, **options: Any) -> Engine:
@@ -29,7 +36,7 @@ def create_engine(url: str | URL, **options: Any) -> Engine:
         options = {"pool_timeout": POOL_TIMEOUT_SECONDS, "pool_size": 10, "max_overflow": 10, **options}
     if url.get_backend_name() == "postgresql":
         # A database that is gone is to be noticed in seconds, so that a request can still be answered without it.
-        connect_args = {"connect_timeout": CONNECT_TIMEOUT_SECONDS, "options": "-c timezone=UTC"}
+        connect_args = {"connect_timeout": CONNECT_TIMEOUT_SECONDS, "options": "-c timezone=UTC", **LOST_NETWORK}
         return sa.create_engine(
             url.set(drivername="postgresql+psycopg"), pool_pre_ping=True, connect_args=connect_args, **options
         )
@@ -73,7 +80,8 @@ def _begin_writing(connection: Any, begin: str) -> None:
                 connection.execute(begin)
                 return
             except sqlite3.OperationalError as error:
-                if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
+                # The low byte: extended codes tell that another process recovers the log after a crash, for one.
+                if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
                     raise OperationalError(begin, None, error) from error
             time.sleep(BUSY_POLL_SECONDS)
     finally:

@@ -42,8 +42,9 @@ def erase(engine: Engine, kind: Kind, identifier: str, *, actor: str) -> Erased:
 
 def _erase(connection: Connection, kind: Kind, identifier: str, actor: str) -> Erased:
     if connection.dialect.name == "postgresql":
-        # Waits for events under way and holds up new ones: none may commit later below `through_position`.
-        connection.execute(sa.text("LOCK TABLE events IN SHARE ROW EXCLUSIVE MODE"))
+        # Waits for rows under way and holds up new ones: no event may commit later below `through_position`, and no
+        # answer may enter the log that was judged before the erasure was there to see.
+        connection.execute(sa.text("LOCK TABLE events, recommendation_log IN SHARE ROW EXCLUSIVE MODE"))
     through = connection.execute(sa.select(sa.func.max(events.c.position))).scalar() or 0
     column = events.c.user_id if kind == "user" else events.c.item_id
     gone_events = connection.execute(sa.delete(events).where(column == identifier)).rowcount

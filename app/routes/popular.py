@@ -38,7 +38,7 @@ class PopularItems(BaseModel):
 
 
 @router.get("/popular", summary="What most people choose", responses=responses(401, 403, 422, 503))
-async def popular(parameters: Annotated[PopularParameters, Query()], service: ServiceDep, _: Recommend) -> PopularItems:
+def popular(parameters: Annotated[PopularParameters, Query()], service: ServiceDep, _: Recommend) -> PopularItems:
     """Counts follow the events within `model_poll_seconds`; hidden and deleted items leave at once."""
     ranked = islice(service.popularity.ranked(parameters.category), parameters.k)
     return PopularItems(

@@ -69,7 +69,7 @@ class Candidates:
         self._revision = -1
         self._allowed: Mask = self._dropped
         self._of_category: OrderedDict[str, tuple[int, Mask]] = OrderedDict()
-        erased = {subject for subject, sequence in catalog.erased_items.items() if sequence > erasures_through}
+        erased = {subject for subject, sequence in catalog.erased_items.copy().items() if sequence > erasures_through}
         if erased:
             indices = range(len(items))
             self._dropped[[index for index in indices if subject_sha256(items.id(index)) in erased]] = True

@@ -52,7 +52,14 @@ def store_events(connection: Connection, batch: Sequence[NewEvent], unknown_item
     """Insert events in the given order. One outcome for each; the caller commits."""
     received_at = datetime.now(UTC)
     outcomes: dict[int, Outcome] = {}
-    waiting = list(range(len(batch)))
+    if unknown_items == "reject":
+        wanted = {str(event.item_id) for event in batch if event.type != RETRACT}
+        known = _known_items(connection, wanted)
+        for index, event in enumerate(batch):
+            if event.type != RETRACT and event.item_id not in known:
+                reason = f"item_id: {event.item_id!r} is not in the catalogue"
+                outcomes[index] = Outcome(event.event_id, "rejected", reason)
+    waiting = [index for index in range(len(batch)) if index not in outcomes]
     while waiting:
         # An id that comes twice is judged the second time by what the first one left in the table.
         first: dict[Key, int] = {}
@@ -60,23 +67,20 @@ def store_events(connection: Connection, batch: Sequence[NewEvent], unknown_item
         turn = {index: batch[index] for index in first.values()}
         ordinary = {index: event for index, event in turn.items() if event.type != RETRACT}
         retracts = {index: event for index, event in turn.items() if event.type == RETRACT}
-        if unknown_items == "reject":
-            known = _known_items(connection, {str(event.item_id) for event in ordinary.values()})
-            for index in [index for index, event in ordinary.items() if event.item_id not in known]:
-                reason = f"item_id: {ordinary.pop(index).item_id!r} is not in the catalogue"
-                outcomes[index] = Outcome(batch[index].event_id, "rejected", reason)
         outcomes |= _insert(connection, ordinary, received_at, unknown_items)
         # After the others: a retract may stand in one list with the event that it takes back.
         if retracts:
             refused, resolved = _resolve(connection, retracts)
             outcomes |= refused
             outcomes |= _insert(connection, resolved, received_at, unknown_items)
-        waiting = later
-        if waiting and any(outcomes[index].outcome != "rejected" for index in first.values()):
-            # What repeats an event that is stored by now needs no turn of its own.
-            repeated = _judge_repeats(connection, {index: batch[index] for index in waiting})
-            outcomes |= repeated
-            waiting = [index for index in waiting if index not in repeated]
+        if later:
+            # What repeats an event that is stored by now needs no turn of its own, and neither do retracts of nothing:
+            # a thousand of one id must not hold the database for a thousand turns.
+            outcomes |= _judge_repeats(connection, {index: batch[index] for index in later})
+            outcomes |= _resolve(
+                connection, {i: batch[i] for i in later if i not in outcomes and batch[i].type == RETRACT}
+            )[0]
+        waiting = [index for index in later if index not in outcomes]
     return [outcomes[index] for index in range(len(batch))]
 
 

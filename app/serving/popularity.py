@@ -87,7 +87,7 @@ class Popularity:
 
     def _count(self, connection: Connection, counts: Counter[str], since: int, through: int) -> bool:
         mark = _mark(connection)
-        retract = events.alias("retract")
+        retract, earlier = events.alias("retract"), events.alias("earlier")
         taken_back = (
             sa.select(events.c.position, events.c.item_id)
             .join_from(
@@ -100,6 +100,12 @@ class Popularity:
                 retract.c[mark] > since,
                 retract.c[mark] <= through,
                 interaction_condition(self._meanings, events),
+                # An event may be taken back more than once, and counts as taken back once.
+                ~sa.exists().where(
+                    earlier.c.user_id == retract.c.user_id,
+                    earlier.c.retracts == retract.c.retracts,
+                    earlier.c[mark] <= since,
+                ),
             )
             .distinct()
             .subquery()

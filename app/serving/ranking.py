@@ -153,7 +153,7 @@ class Ranker:
         )
 
     def _why_empty(self, query: Query) -> str:
-        if not any(self._catalog.visible(item_id) for item_id in self._catalog.entries):
+        if not any(self._catalog.visible(item_id) for item_id in list(self._catalog.entries)):
             return "the catalogue holds no item that may be shown"
         if query.category is not None and next(self._popularity.ranked(query.category), None) is None:
             return f"no item that may be shown is in the category {query.category!r}"

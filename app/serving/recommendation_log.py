@@ -112,6 +112,9 @@ class RecommendationLog:
     def _write(self, batch: list[Shown]) -> None:
         with writing(self._engine) as connection:
             # A user erased while the answer waited here must not come back with it.
+            if connection.dialect.name == "postgresql":
+                # Now rather than at the insert: what is erased from here on waits for these rows, and takes them too.
+                connection.execute(sa.text("LOCK TABLE recommendation_log IN ROW EXCLUSIVE MODE"))
             hashes = {shown.user_id: subject_sha256(shown.user_id) for shown in batch}
             erased = connection.execute(
                 sa.select(erasures.c.subject_sha256, sa.func.max(erasures.c.erased_at).label("erased_at"))

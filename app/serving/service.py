@@ -132,7 +132,7 @@ class Service:
                 return
         self.catalog.poll(connection)
         if self.catalog.erasures_through > self._forgotten_through:
-            erased = {user for user, at in self.catalog.erased_users.items() if at > self._forgotten_through}
+            erased = {user for user, at in self.catalog.erased_users.copy().items() if at > self._forgotten_through}
             self.histories.forget(erased)
             self._forgotten_through = self.catalog.erasures_through
         self.popularity.poll(connection)

@@ -13,6 +13,7 @@ from sqlalchemy.engine import Engine
 
 from app.database import create_engine, writing
 from app.erasure import Erased, erase, subject_sha256
+from app.serving.recommendation_log import RecommendationLog, Shown
 from app.settings import Settings
 from app.tables import audit_log, erasures, events, recommendation_log, users
 from app.training.snapshots import take_snapshot
@@ -85,6 +86,28 @@ def test_events_under_way_are_waited_for(engine: Engine, user: str) -> None:
         left = connection.execute(sa.select(events.c.user_id, events.c.position)).all()
     assert all(name != "a" or position > through for name, position in left)
     assert len(left) == (1 if user == "a" else 2)
+
+
+def test_an_answer_that_enters_the_log_meanwhile_does_not_outlive_its_user(engine: Engine) -> None:
+    with writing(engine) as connection:
+        connection.execute(sa.insert(events), event("a", 0))
+    log = RecommendationLog(engine, on_lost=lambda _: None)
+    shown = {name: value for name, value in log_row("a", 1).items() if name in Shown.__slots__}
+    eraser = threading.Thread(target=erase, args=(engine, "user", "a"), kwargs={"actor": "cli"})
+
+    def erase_in_between(_connection: object, _cursor: object, statement: str, *_: object) -> None:
+        if statement.startswith("INSERT INTO recommendation_log"):
+            eraser.start()
+            eraser.join(0.5)  # it ends, or waits for this transaction
+
+    sa.event.listen(engine, "before_cursor_execute", erase_in_between)
+    log.start()
+    log.add(Shown(**shown, model_version=None, feedback_through=None))  # type: ignore[arg-type]
+    log.stop()
+    eraser.join(30)
+    with engine.connect() as connection:
+        assert connection.execute(sa.select(recommendation_log.c.user_id)).scalars().all() == []
+        assert connection.execute(sa.select(erasures.c.kind)).scalars().all() == ["user"]
 
 
 def test_what_is_erased_is_gone_from_the_file(sqlite_url: str) -> None:

@@ -14,7 +14,7 @@ from fastapi.testclient import TestClient
 from sqlalchemy.engine import Engine
 
 from app.database import create_engine, writing
-from app.serving.event_store import NewEvent
+from app.serving.event_store import NewEvent, store_events
 from app.serving.feedback_writer import FeedbackWriter, OverloadedError, StoppedError
 from app.tables import events
 
@@ -41,6 +41,22 @@ def writer(engine: Engine, groups: list[int]) -> Iterator[FeedbackWriter]:
     writer = FeedbackWriter(engine, max_waiting=20, unknown_items="create", on_commit=groups.append)
     yield writer
     writer.stop()
+
+
+@pytest.mark.parametrize("unknown_items", ["create", "reject"])
+@pytest.mark.parametrize("fields", [{}, {"type": "retract", "item_id": None, "retracts": "nothing"}])
+def test_an_id_sent_often_takes_no_more_statements(engine: Engine, unknown_items: Any, fields: dict[str, Any]) -> None:
+    """One request must not hold the database for as many turns as it repeats an id that is refused."""
+    statements: list[str] = []
+    sa.event.listen(engine, "before_cursor_execute", lambda *args: statements.append(args[2]))
+    with writing(engine) as connection:
+        store_events(connection, [event(1, value=5.0)], "create")
+        statements.clear()
+        refused = [event(1, event_id="event-1" if not fields else "r", value=n + 0.5, **fields) for n in range(300)]
+        refused += [event(n, item_id="unheard-of") for n in range(10, 300) if unknown_items == "reject"]
+        found = store_events(connection, refused, unknown_items)
+    assert {outcome.outcome for outcome in found} == {"rejected"}
+    assert len(statements) < 15
 
 
 def count(engine: Engine) -> int:
