@@ -25,7 +25,7 @@ class NeuMFConfig:
     tower_factors: int = 16
     hidden: tuple[int, ...] = (32, 16)
     dropout: float = 0.0
-    embedding_dropout: float = 0.2
+    embedding_dropout: float = 0.5
     item_bias: bool = True
     initial_scale: float = 0.01
 

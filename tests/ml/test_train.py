@@ -24,6 +24,8 @@ def recipe(name: str = "caser", **overrides: str) -> Recipe:
     sizes = dict(SIZES)
     if name == "popularity":
         sizes = {}
+    elif name == "caser":
+        sizes |= {"embedding_dropout": "0.1"}
     elif name == "neumf":
         sizes |= {"tower_factors": "4", "hidden": "8,4", "targets": "1"}
     return apply_overrides(RECIPES[name], sizes | overrides)
@@ -285,6 +287,13 @@ def test_a_heavier_event_pulls_harder() -> None:
         train(settings, each).model.score_catalogue(torch.tensor([0]), torch.empty(1, 0))[0] for each in (data, heavy)
     )
     assert heavy_score[1] - heavy_score[0] > light_score[1] - light_score[0]
+
+
+def test_recency_weighs_newer_examples_more() -> None:
+    data = Interactions.from_arrays(["a", "a", "a", "b"], ["w", "x", "y", "z"])
+    weight = Examples(data, torch.device("cpu"), recency=1.0).weight(torch.arange(4), 1)
+    assert weight is not None
+    assert weight.flatten().tolist() == pytest.approx([1 / 3, 1 / 2, 1, 1])
 
 
 def test_the_initial_model_is_where_training_starts() -> None:
