@@ -175,34 +175,50 @@ class ObjectStore:
         self.url = url
         self._obstore = obstore
         self._absent = (obstore.exceptions.NotFoundError, FileNotFoundError)
+        self._failure = obstore.exceptions.BaseError
         try:
             self._store: Any = obstore.store.from_url(url)
         except obstore.exceptions.BaseError as error:
             reason = str(error).partition("\n")[0]
             raise ValueError(f"{url} is no store: give a folder or s3://bucket/prefix ({reason})") from None
 
+    @contextlib.contextmanager
+    def _reaching(self) -> Iterator[None]:
+        """Turn what keeps a bucket from answering into an OSError of one line."""
+        try:
+            yield
+        except self._absent:
+            raise
+        except self._failure as error:
+            reason = str(error).partition("\n")[0]
+            raise OSError(f"the store {self.url} did not do what was asked: {reason}") from error
+
     def put(self, name: str, data: bytes | Path) -> None:
         """Write a file whole, replacing the one of this name."""
-        self._obstore.put(self._store, check_name(name), data)
+        with self._reaching():
+            self._obstore.put(self._store, check_name(name), data)
 
     def put_if_absent(self, name: str, data: bytes | Path) -> bool:
         """Write a file unless the name is taken; of several writers at once exactly one gets True."""
-        try:
-            self._obstore.put(self._store, check_name(name), data, mode="create")
-        except (self._obstore.exceptions.AlreadyExistsError, self._obstore.exceptions.PreconditionError):
-            return False
+        with self._reaching():
+            try:
+                self._obstore.put(self._store, check_name(name), data, mode="create")
+            except (self._obstore.exceptions.AlreadyExistsError, self._obstore.exceptions.PreconditionError):
+                return False
         return True
 
     def _head(self, name: str) -> Any:
         try:
-            return self._obstore.head(self._store, check_name(name))
+            with self._reaching():
+                return self._obstore.head(self._store, check_name(name))
         except self._absent:
             raise KeyError(name) from None
 
     def get(self, name: str) -> bytes:
         """Read a file."""
         try:
-            return bytes(self._obstore.get(self._store, check_name(name)).bytes())
+            with self._reaching():
+                return bytes(self._obstore.get(self._store, check_name(name)).bytes())
         except self._absent:
             raise KeyError(name) from None
 
@@ -216,7 +232,7 @@ class ObjectStore:
         _make_folder(cached.parent)
         temporary = cached.parent / f"{_TEMPORARY}{secrets.token_hex(8)}"
         try:
-            with temporary.open("xb") as sink:
+            with temporary.open("xb") as sink, self._reaching():
                 for chunk in self._obstore.get(self._store, name):
                     sink.write(chunk)
             os.utime(temporary, (stamp, stamp))
@@ -230,7 +246,8 @@ class ObjectStore:
     def list(self, prefix: str = "") -> list[str]:
         """List the names under a folder, sorted."""
         folder = check_name(prefix.rstrip("/")) if prefix.rstrip("/") else None
-        return sorted(meta["path"] for batch in self._obstore.list(self._store, folder) for meta in batch)
+        with self._reaching():
+            return sorted(meta["path"] for batch in self._obstore.list(self._store, folder) for meta in batch)
 
     def exists(self, name: str) -> bool:
         """Tell whether there is a file of this name."""
@@ -246,7 +263,7 @@ class ObjectStore:
 
     def delete(self, name: str) -> None:
         """Remove a file; removing one that is not there is no error."""
-        with contextlib.suppress(*self._absent):
+        with contextlib.suppress(*self._absent), self._reaching():
             self._obstore.delete(self._store, check_name(name))
 
     def remove_leftovers(self, older_than_seconds: float) -> None:

@@ -66,6 +66,13 @@ def test_what_is_not_there_is_a_key_error(store: Store, tmp_path: Path) -> None:
     assert not store.exists("parts/absent")
 
 
+def test_a_bucket_that_is_not_there_is_an_error_of_one_line(bucket: str) -> None:
+    store = open_store(f"{bucket}-missing/prefix")
+    for use in (lambda: store.list("versions"), lambda: store.put("a", b""), lambda: store.put_if_absent("a", b"")):
+        with pytest.raises(OSError, match="404"):
+            use()
+
+
 def test_a_taken_name_is_not_written_again(store: Store, tmp_path: Path) -> None:
     assert store.put_if_absent("versions/one", b"first")
     assert not store.put_if_absent("versions/one", b"second")
