@@ -6,7 +6,6 @@ from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
-import pandas as pd
 import pyarrow as pa
 
 from ml.importers.events import RawRows, Reading, Reject
@@ -134,15 +133,15 @@ def _events_of(block: Block, users: str, done: int, file: str) -> RawRows:
 
 def _first_words_differ(file: Path) -> bool:
     """Look for a word that begins two lines; eight bytes of memory a line, and an early end where there is one."""
-    hashes = np.zeros(0, np.uint64)
-    pending: list[npt.NDArray[np.uint64]] = []
+    hashes = np.zeros(0, np.int64)
+    pending: list[npt.NDArray[np.int64]] = []
     count = 0
     for block in read_blocks(file):
         lists, _, _ = token_lists(block)
         lengths = lists.value_lengths().to_numpy().astype(np.int64)
         starts = (np.cumsum(lengths) - lengths)[lengths > 0]
-        words = lists.flatten().take(pa.array(starts)).to_numpy(zero_copy_only=False)
-        pending.append(pd.util.hash_array(np.asarray(words, object), categorize=False))
+        words = lists.flatten().take(pa.array(starts)).to_pylist()
+        pending.append(np.fromiter(map(hash, words), np.int64, len(words)))
         count += len(starts)
         if len(np.unique(pending[-1])) < len(pending[-1]):
             return False
