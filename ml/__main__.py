@@ -19,6 +19,9 @@ app = typer.Typer(
 )
 
 
+LARGEST_SEED = 2**32 - 1  # of NumPy's older generators, which the search of `tune` draws from
+
+
 class Device(StrEnum):
     """Where to compute; `auto` takes a GPU where there is one."""
 
@@ -102,7 +105,7 @@ def simulate(
     users: Annotated[int, typer.Option(min=1, help="Number of users.")] = 2_000,
     items: Annotated[int, typer.Option(min=20, help="Number of items.")] = 1_000,
     events: Annotated[int, typer.Option(min=2, help="Number of events.")] = 100_000,
-    seed: Annotated[int, typer.Option(help="The same seed gives the same data.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="The same seed gives the same data.")] = 0,
     format: Annotated[str, typer.Option("--format", help="csv or parquet.")] = "csv",  # noqa: A002
     as_json: Json = False,
 ) -> None:
@@ -121,7 +124,7 @@ def experiment(
     split: SplitName = None,
     overrides: Overrides = None,
     negatives: Negatives = 0,
-    seed: Annotated[int, typer.Option(help="Seed of weights, samples and random splits.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Seed of weights, samples and random splits.")] = 0,
     seeds: Annotated[
         int | None, typer.Option(min=1, help="Run with this many seeds, from --seed on; figures become mean and std.")
     ] = None,
@@ -151,7 +154,7 @@ def train(
     warm_start: Annotated[str | None, typer.Option(help="Start from the weights of this version.")] = None,
     compare: Annotated[str | None, typer.Option(help="Also rank this version on what it has not seen.")] = None,
     checkpoint_dir: Annotated[Path | None, typer.Option(help="Keep what is done here, and go on from it.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of weights and samples.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Seed of weights and samples.")] = 0,
     device: OnDevice = Device.AUTO,
     exit_with_stdin: Annotated[bool, typer.Option(help="Stop when standard input closes.")] = False,
     as_json: Json = False,
@@ -176,7 +179,7 @@ def evaluate(
     format: Format = None,  # noqa: A002
     split: SplitName = None,
     negatives: Negatives = 0,
-    seed: Annotated[int, typer.Option(help="Seed of samples and random splits.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Seed of samples and random splits.")] = 0,
     as_json: Json = False,
 ) -> None:
     """Evaluate a published version on the test part of a data set or snapshot, beside popularity."""
@@ -211,7 +214,7 @@ def tune(
         list[str] | None, typer.Option("--tune", help="A setting to search. Repeatable; by default what suits.")
     ] = None,
     study: Annotated[Path | None, typer.Option(help="Keep the trials in this file, and go on from it.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the search and of every training.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Seed of the search and of every training.")] = 0,
     device: OnDevice = Device.AUTO,
     as_json: Json = False,
 ) -> None:

@@ -130,7 +130,7 @@ class Workspace:
     def _save(self) -> None:
         if self._folder is None:
             return
-        temporary = self._folder / "finished.json.temporary"
+        temporary = self._folder / f"finished.json.{os.getpid()}.temporary"  # several may use one folder
         with temporary.open("wb") as file:
             file.write(json.dumps(self._finished, allow_nan=False).encode())
             file.flush()

@@ -106,7 +106,7 @@ def seeds(interactions: Interactions) -> Split:
     labels[latest[first]] = TEST
     try:
         numbers = np.array([int(text) for text in interactions.items.array.to_pylist()], np.int64)
-    except ValueError:
+    except (ValueError, OverflowError):
         raise ValueError("the seeds' protocol needs item ids that are numbers, as in MovieLens 100K") from None
     return _by_labels("seeds", interactions, labels, numbers <= interactions.num_users)
 

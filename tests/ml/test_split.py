@@ -143,3 +143,9 @@ def test_defaults_and_clear_errors() -> None:
         split_by_name("newest", data, None, 0)
     with pytest.raises(ValueError, match="no interaction"):
         split_by_name(None, Interactions.from_arrays([], []), None, 0)
+
+
+@pytest.mark.parametrize("item", ["i", "9" * 30])
+def test_seeds_needs_numbers_for_items(item: str) -> None:
+    with pytest.raises(ValueError, match="numbers"):
+        seeds(Interactions.from_arrays(["u", "u"], ["1", item]))
