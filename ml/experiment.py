@@ -17,7 +17,7 @@ from ml.evaluate import CUTOFFS, Evaluation, Ranker, evaluate, popularity_of
 from ml.importers import Loaded, load, open_source
 from ml.interactions import Interactions
 from ml.metrics import mean_and_std
-from ml.models import RankingModel
+from ml.models import MODELS, RankingModel
 from ml.recipes import Recipe, apply_overrides, recipe_named
 from ml.recommender import Recommender
 from ml.split import Split, split_by_name
@@ -55,8 +55,8 @@ def run(
     """Train on the split's training part, stop early by its validation, and evaluate the test once, at the end."""
     started = time.perf_counter()
     evaluator = SplitEvaluator(split, negatives=negatives, seed=seed)
-    popular = popularity_of(split.train)
-    baseline = {part: evaluator.evaluate(popular, part) for part in evaluator.parts}
+    popular, strangers = popularity_of(split.train), MODELS[recipe.model].folds_in
+    baseline = {part: evaluator.evaluate(popular, part, strangers=strangers) for part in evaluator.parts}
     result = train(
         recipe,
         split.train,
@@ -84,13 +84,26 @@ class SplitEvaluator:
         self.parts = [VALIDATION, TEST] if self._can_validate() else [TEST]
 
     def evaluate(
-        self, recommender: Ranker, part: str, negatives: int | None = None, cutoffs: Sequence[int] = CUTOFFS
+        self,
+        recommender: Ranker,
+        part: str,
+        negatives: int | None = None,
+        cutoffs: Sequence[int] = CUTOFFS,
+        *,
+        strangers: bool = True,
     ) -> Evaluation:
-        """Rank for the users of "validation" or "test"."""
+        """Rank for the users of "validation" or "test".
+
+        Without `strangers`, users that were not trained on are left out even if the recommender can rank for them: a
+        baseline has to be over the same users as the model that it stands beside.
+        """
+        targets = self.targets[part]
+        if not strangers:
+            targets = targets.select(self.known_users[targets.user_index])
         return evaluate(
             recommender,
             self.histories[part],
-            self.targets[part],
+            targets,
             candidates=self.split.candidates,
             cutoffs=cutoffs,
             negatives=self.negatives if negatives is None else negatives,

@@ -20,6 +20,10 @@ UNKNOWN = -1
 _NEVER = float("-inf")
 
 
+class ScoresNotNumbers(ValueError):  # noqa: N818
+    """A model whose training went astray: nothing can be ranked by its scores."""
+
+
 def windows_from_histories(histories: Sequence[AnyIndices], length: int, padding: int) -> Indices:
     """Cut the last `length` items of each history, oldest first, padded on the left; negative items are left out.
 
@@ -53,14 +57,14 @@ def windows_from_interactions(interactions: Interactions, users: AnyIndices, len
 def best(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Find the k highest of each row, best first, the lower index first where scores tie.
 
-    Scores of minus infinity are never chosen: such places hold index -1. ValueError if a score is not a number.
+    Scores of minus infinity are never chosen: such places hold index -1. Raises ScoresNotNumbers.
     """
     count = min(k + 1, scores.shape[1])
     values, indices = torch.topk(scores, count, dim=1)
     if count == 0:
         return values, indices
     if bool(torch.isnan(values[:, 0]).any()):  # the largest of all to topk
-        raise ValueError("the model's scores are not numbers: train it again with a lower learning rate")
+        raise ScoresNotNumbers("the model's scores are not numbers: train it again with a lower learning rate")
     # One more than asked for shows a tie across the end of the list, which topk settles as it likes.
     finite = values > _NEVER
     tied = ((values[:, 1:] == values[:, :-1]) & finite[:, 1:]).any(dim=1)

@@ -16,6 +16,7 @@ from ml.importers import load, open_source
 from ml.interactions import Interactions
 from ml.losses import MARGIN_LOSSES
 from ml.recipes import Recipe, apply_overrides
+from ml.recommender import ScoresNotNumbers
 from ml.split import SMALLEST_HISTORY, Split, check_no_leak, random_split
 from ml.train import NotFiniteError, train
 
@@ -97,16 +98,18 @@ def run_command(
     device = chosen_device(device)
     space = searched(recipe, parameters)
     loaded = load(open_source(data, format))
-    parts = list(folds_of(split_of(loaded, split, seed), folds))
-    for part in parts:
+    whole = split_of(loaded, split, seed)
+    parts = []
+    for part in folds_of(whole, folds):
         check_no_leak(part, part.train.merge(part.validation))
         if VALIDATION not in SplitEvaluator(part).parts:
             raise ValueError(f"too few interactions for {folds} folds: use fewer --folds, or more data")
+        parts.append(part)
     popularity = float(
         np.mean([SplitEvaluator(p).evaluate(popularity_of(p.train), VALIDATION).metrics[METRIC] for p in parts])
     )
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    kind = hashlib.sha256(json.dumps([recipe.as_dict(), list(space), folds], sort_keys=True).encode()).hexdigest()
+    kind = _identity(recipe, space, whole, folds)
     study = optuna.create_study(
         study_name=f"{recipe.name}-{loaded.source.name}-{kind[:12]}",  # one file may hold several searches
         storage=None if study_file is None else _storage(study_file),
@@ -114,10 +117,12 @@ def run_command(
         direction="maximize",
         load_if_exists=True,
     )
-    over = [trial for trial in study.trials if trial.state.is_finished()]
+    # One that was killed or interrupted does not count.
+    states = (optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED)
+    over = [trial for trial in study.trials if trial.state in states]
     # A search that goes on must not draw the same settings again.
     study.sampler = optuna.samplers.TPESampler(seed=seed + len(over))
-    if not study.trials:
+    if not over:
         study.enqueue_trial(current(recipe, space))  # the recipe as it is comes first
 
     def objective(trial: "optuna.Trial") -> float:
@@ -130,7 +135,7 @@ def run_command(
         for number, part in enumerate(parts):
             try:
                 result = train(changed, part.train, SplitEvaluator(part).stopping_metric, device=device, seed=seed)
-            except NotFiniteError as error:
+            except (NotFiniteError, ScoresNotNumbers) as error:
                 raise optuna.TrialPruned(str(error)) from None
             scores.append(max(row[METRIC] for row in result.history))
             trial.report(float(np.mean(scores)), number)
@@ -144,7 +149,10 @@ def run_command(
 
     if len(over) < trials:
         study.optimize(objective, n_trials=trials - len(over), callbacks=[told])
-    best = study.best_trial
+    try:
+        best = study.best_trial
+    except ValueError:
+        raise ValueError("no trial gave a figure: the trainings diverged; try a smaller learning_rate") from None
     document = {
         "recipe": recipe.name,
         "metric": f"validation {METRIC}",
@@ -168,6 +176,16 @@ def run_command(
     typer.echo(
         " ".join(["--recipe", recipe.name, *(f"--set {text}" for text in settings), as_options(_texts(best.params))])
     )
+
+
+def _identity(recipe: Recipe, space: Mapping[str, Any], split: Split, folds: int) -> str:
+    """Name a search by all that makes its trials comparable."""
+    digest = hashlib.sha256(json.dumps([recipe.as_dict(), list(space), split.name, folds], sort_keys=True).encode())
+    pool = split.history_for_test()
+    for array in (pool.user_index, pool.item_index, pool.weight):
+        if array is not None:
+            digest.update(array.tobytes())
+    return digest.hexdigest()
 
 
 def searched(recipe: Recipe, parameters: Sequence[str]) -> dict[str, Range | Choices]:

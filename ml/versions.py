@@ -106,10 +106,10 @@ def evaluate_command(
         interactions = interactions_of(store, str(snapshot_hash))
         parts = split_by_name(split, interactions, seed=seed)
     evaluator = SplitEvaluator(parts, negatives=negatives, seed=seed)
-    baseline = evaluator.evaluate(popularity_of(parts.train), TEST)
     translated = Translated(recommender, interactions)
     evaluator.known_users = translated.known_users
     found = evaluator.evaluate(translated, TEST)
+    baseline = evaluator.evaluate(popularity_of(parts.train), TEST, strangers=translated.folds_in)
     through = manifest.trained_through
     not_seen = len(unseen(parts.test, through))
     document = {

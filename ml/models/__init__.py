@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
@@ -36,7 +36,7 @@ __all__ = [
 
 ModelConfig = NeuMFConfig | CaserConfig | MatrixFactorizationConfig | PopularityConfig
 
-MODELS: dict[str, Callable[[int, int, Any], RankingModel]] = {
+MODELS: dict[str, type[RankingModel]] = {
     "neumf": NeuMF,
     "caser": Caser,
     "matrix_factorization": MatrixFactorization,

@@ -9,6 +9,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from ml import experiment
 from ml.__main__ import app
 from ml.evaluate import popularity_of
 from ml.experiment import SHOWN_METRICS
@@ -16,7 +17,7 @@ from ml.importers import load_interactions
 from ml.interactions import Interactions
 from ml.recipes import RECIPES, apply_overrides, recipe_named
 from ml.registry import Registry
-from ml.split import leave_one_out
+from ml.split import leave_one_out, split_by_name
 from ml.store import FolderStore
 from ml.train import train
 from ml.versions import microseconds, rfc3339
@@ -212,6 +213,55 @@ def test_tune_searches_without_the_test_part(csv: Path, tmp_path: Path) -> None:
     assert (
         run("experiment", "--data", csv, "--recipe", "matrix_factorization", *QUICK, *options, "--json").exit_code == 0
     )
+
+
+def test_one_file_keeps_searches_apart_and_starts_with_the_recipe(csv: Path, tmp_path: Path) -> None:
+    study = tmp_path / "study.journal"
+    base = ["tune", "--recipe", "matrix_factorization", *QUICK, "--folds", 1, "--tune", "factors", "--study", study]
+    own = {"factors": 8}
+
+    def killed(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ml.tune.train", killed)  # the trial has no figure
+        assert run(*base, "--data", csv, "--trials", 1).exit_code == 130
+    found = document(*base, "--data", csv, "--trials", 1)
+    assert [trial["settings"] for trial in found["trials"] if trial["state"] == "complete"] == [own]
+    (tmp_path / "other").mkdir()
+    other = tmp_path / "other" / csv.name
+    other.write_text("\n".join(csv.read_text().splitlines()[:400]))
+    for arguments in (["--data", csv, "--split", "random"], ["--data", other]):
+        assert len(document(*base, *arguments, "--trials", 1)["trials"]) == 1
+
+
+def test_a_setting_that_diverges_does_not_end_a_search(csv: Path) -> None:
+    wild = ["--set", "learning_rate=1e20", "--set", "loss=bpr", "--set", "epochs=9", "--folds", 1]
+    result = run("tune", "--data", csv, "--recipe", "neumf", *wild, "--tune", "factors", "--trials", 2)
+    assert result.exit_code == 2
+    assert "trial 2/2: stopped early" in result.stderr
+    assert "error: no trial gave a figure" in result.stderr
+
+
+def test_popularity_is_measured_over_the_same_users(tmp_path: Path) -> None:
+    # Half of the users come only at the end, where a temporal split tests.
+    rows = [f"u{user},i{(user + turn) % 9},{turn * 10 + user}" for user in range(10) for turn in range(5)]
+    rows += [f"late{user},i{user % 9},{100 + user}" for user in range(10)]
+    rows += [f"u{user},i{(user + 5) % 9},{100 + user}" for user in range(10)]
+    path = tmp_path / "events.csv"
+    path.write_text("\n".join(["user_id,item_id,timestamp", *rows]) + "\n")
+    parts = split_by_name("temporal", load_interactions(path)[0])
+    ranked_for = []
+    for name in ("neumf", "caser"):
+        outcome = experiment.run(apply_overrides(recipe_named(name), {"epochs": "1"}), parts)
+        assert outcome.popularity["test"].users.tolist() == outcome.evaluations["test"].users.tolist()
+        ranked_for.append(len(outcome.popularity["test"].users))
+    assert ranked_for[0] < ranked_for[1]
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32])
+def test_seeds_are_bounded(csv: Path, seed: int) -> None:
+    assert run("experiment", "--data", csv, "--recipe", "popularity", "--seed", seed).exit_code == 2
 
 
 @pytest.mark.parametrize(
