@@ -10,7 +10,7 @@ from fastapi import APIRouter, Depends, Header, Path, Query, Request, Response
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy.engine import Connection, Engine
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import SQLAlchemyError
 from starlette.concurrency import run_in_threadpool
 
 from app import audit
@@ -245,7 +245,7 @@ async def follow_run(
     while True:
         try:
             ended, rows = await run_in_threadpool(_news, engine, run.run_id, sequence)
-        except DBAPIError as error:  # the answer has begun; the client comes back with Last-Event-ID
+        except SQLAlchemyError as error:  # the answer has begun; the client comes back with Last-Event-ID
             log.warning("run no longer followed", run_id=run.run_id, reason=type(error).__name__)
             return
         for row in rows:

@@ -105,7 +105,7 @@ class Worker:
         return True
 
     def _do(self, run: Run, lease: Lease) -> None:
-        """Train, and write down how it ended. Raises LeaseLost."""
+        """Train, and write down how it ended. Raises LeaseLost, and what a database said that went away."""
         try:
             self._train(run, lease)
         except LeaseLost:
@@ -119,6 +119,8 @@ class Worker:
         except RunFailed as error:
             self._end(run, "failed", str(error))
         except Exception as error:
+            if is_outage(error):
+                raise  # not the training's fault: the lease ends, and the run is taken up again
             log.exception("run failed")
             self._end(run, "failed", f"{type(error).__name__}: {error}"[:2000])
         shutil.rmtree(self._settings.runs_dir / run.run_id, ignore_errors=True)

@@ -15,9 +15,10 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 from sqlalchemy.engine import Engine
+from sqlalchemy.exc import OperationalError
 
 from app import tables
-from app.database import writing
+from app.database import create_engine, writing
 from app.settings import Settings
 from app.training import runs
 from app.training.runs import Run
@@ -230,6 +231,31 @@ def test_a_training_that_fails_tells_why(engine: Engine, settings: Settings) -> 
     assert "lower learning rate" in str(failed.message)
     assert not worker.work_once()
     assert version_states(engine) == {}
+
+
+@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
+def test_a_run_outlives_a_database_that_goes_away_while_it_is_prepared(engine: Engine, settings: Settings) -> None:
+    add_events(engine)
+    run = queue(engine, "popularity")
+    own = create_engine(settings.resolved_database_url)
+    broken: list[str] = []
+
+    def break_once(_connection: object, cursor: Any, statement: str, *_: object) -> None:
+        if "FROM events" in statement and not broken:
+            broken.append(statement)
+            with engine.connect() as connection:
+                connection.execute(sa.select(sa.func.pg_terminate_backend(cursor.connection.info.backend_pid)))
+
+    sa.event.listen(own, "before_cursor_execute", break_once)
+    worker = Worker(settings, own)
+    with pytest.raises(OperationalError):
+        worker.work_once()
+    assert broken
+    assert read(engine, run).state == "running"
+    eventually(worker.work_once, "the end of the lease", 30)
+    assert read(engine, run).state == "succeeded"
+    assert read(engine, run).attempts == 2
+    own.dispose()
 
 
 def test_a_run_that_succeeds_is_guarded_and_the_next_is_compared(engine: Engine, settings: Settings) -> None:
