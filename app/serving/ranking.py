@@ -80,10 +80,12 @@ class Ranker:
         history = self._history(user_id)
         degraded = history is None
         if history is None:
-            history = self._histories.remembered(user_id) or History()
-        ranking = self._by_model(active, user_id, history, query) if active is not None else None
+            history = self._histories.remembered(user_id)
+        ranking = None
+        if active is not None and history is not None:
+            ranking = self._by_model(active, user_id, history, query)
         if ranking is None:
-            ranking = self._by_popularity(user_id, history, query)
+            ranking = self._by_popularity(user_id, history or History(), query)
         if degraded and ranking.source != "empty":
             ranking = replace(ranking, source="degraded")
         self._record(ranking, query)
