@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -90,6 +91,45 @@ class Interactions:
         if not len(user_index) == len(item_index) == len(times) or (weights is not None and len(weights) != len(times)):
             raise ValueError("user_ids, item_ids, time and weight need the same length")
         return _sorted(users, items, user_index, item_index, times, weights, position)
+
+    @classmethod
+    def from_frame(
+        cls,
+        frame: pd.DataFrame,
+        *,
+        user: str = "user_id",
+        item: str = "item_id",
+        time: str | None = "time",
+        weight: str | None = None,
+    ) -> "Interactions":
+        """Build from a data frame, one interaction a row, by the names of its columns.
+
+        Ids are taken as strings; times are datetimes (without a zone: UTC) or whole microseconds, and with `time=None`
+        the order of the rows is the time. ValueError for a column that is not there or a missing value.
+        """
+        names = [name for name in (user, item, time, weight) if name is not None]
+        if absent := [name for name in names if name not in frame.columns]:
+            raise ValueError(
+                f"the frame has no column {', '.join(absent)}; it has {', '.join(map(str, frame.columns))}"
+            )
+        if missing := [name for name in names if frame[name].isna().any()]:
+            raise ValueError(f"values are missing in the column {', '.join(missing)}; drop those rows first")
+        users, items = (
+            pa.array(frame[name].astype("string"), pa.large_string(), from_pandas=True) for name in (user, item)
+        )
+        times = None if time is None else frame[time]
+        if times is not None and not pd.api.types.is_integer_dtype(times):
+            times = pd.to_datetime(times, utc=True).dt.as_unit("us").astype("int64")
+        return cls.from_arrays(users, items, times, None if weight is None else frame[weight])
+
+    def to_frame(self) -> pd.DataFrame:
+        """Return user_id, item_id, time (int64, as here) and, where there is one, weight: a row an interaction."""
+        columns: dict[str, Any] = {
+            "user_id": self.users.array.take(pa.array(self.user_index)).to_pandas(),
+            "item_id": self.items.array.take(pa.array(self.item_index)).to_pandas(),
+            "time": self.time,
+        }
+        return pd.DataFrame(columns if self.weight is None else {**columns, "weight": self.weight})
 
     @classmethod
     def from_events(cls, events: Any, meanings: Mapping[str, EventMeaning]) -> "Interactions":

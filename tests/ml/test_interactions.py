@@ -1,6 +1,7 @@
 from datetime import UTC, datetime
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pytest
 from hypothesis import given, settings
@@ -140,3 +141,44 @@ def test_nothing_in_gives_nothing_out() -> None:
         assert (len(empty), empty.num_users, empty.num_items, empty.offsets.tolist()) == (0, 0, 0, [0])
     with pytest.raises(ValueError, match="same length"):
         Interactions.from_arrays(["a"], ["x"], [1, 2])
+
+
+def test_a_data_frame_becomes_interactions_by_the_names_of_its_columns() -> None:
+    frame = pd.DataFrame(
+        {
+            "who": [7, 7, 5],
+            "what": ["b", "a", "a"],
+            "when": pd.to_datetime(
+                ["2024-01-02T00:00:00.000000", "2024-01-01T00:00:00.000001", "2024-01-03T00:00:00.000000"]
+            ),
+        }
+    )
+    built = Interactions.from_frame(frame, user="who", item="what", time="when")
+    second = 1_000_000
+    first_of_january = int(datetime(2024, 1, 1, tzinfo=UTC).timestamp()) * second
+    assert pairs(built) == [("5", "a"), ("7", "a"), ("7", "b")]
+    assert built.time.tolist() == [
+        first_of_january + 2 * 86_400 * second,
+        first_of_january + 1,
+        first_of_january + 86_400 * second,
+    ]
+
+
+def test_a_frame_comes_back_as_it_went_in() -> None:
+    frame = pd.DataFrame(
+        {"user_id": ["a", "a", "b"], "item_id": ["x", "y", "x"], "time": [1, 2, 1], "weight": [1.0, 0.5, 2.0]}
+    )
+    back = Interactions.from_frame(frame, weight="weight").to_frame()
+    pd.testing.assert_frame_equal(back, frame, check_dtype=False)
+
+
+def test_without_a_time_column_the_rows_are_in_order() -> None:
+    frame = pd.DataFrame({"user_id": ["a", "a"], "item_id": ["y", "x"]})
+    assert pairs(Interactions.from_frame(frame, time=None)) == [("a", "y"), ("a", "x")]
+
+
+def test_a_frame_without_its_columns_or_values_is_refused() -> None:
+    with pytest.raises(ValueError, match="no column time; it has user_id, item_id"):
+        Interactions.from_frame(pd.DataFrame({"user_id": ["a"], "item_id": ["x"]}))
+    with pytest.raises(ValueError, match="missing in the column item_id"):
+        Interactions.from_frame(pd.DataFrame({"user_id": ["a"], "item_id": [None], "time": [1]}))
