@@ -101,6 +101,8 @@ def import_command(
     started = time.perf_counter()
     source = open_source(data, format, named_columns(columns), users=users)
     typer.echo(f"reading {source.describe()}", err=True)
+    if rejects_path is not None and rejects_path.resolve() in {file.resolve() for file in source.files}:
+        raise ValueError(f"{rejects_path} holds the events: write the bad rows to another file")
     report = _Shown()
     with RejectLog(rejects_path, max_bad_share) as rejects:
         snapshot = import_snapshot(source, open_store(store_url), rejects, on_progress=report)

@@ -1,5 +1,6 @@
 """A made-up product: users with tastes, items with categories, a long tail, and habits of what follows what."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -83,7 +84,7 @@ class Simulation:
         )
         pyarrow.csv.write_csv(items, folder / "items.csv")
         # Under another name until it is whole, so that nobody takes a part for the whole.
-        path, unfinished = folder / f"events.{format}", folder / f".events.{format}"
+        path, unfinished = folder / f"events.{format}", folder / f".events.{os.getpid()}.{format}"
         schema = self.events(0, 0).schema
         writer = (
             pyarrow.csv.CSVWriter(unfinished, schema)

@@ -56,6 +56,14 @@ def test_named_columns_and_rejects(tmp_path: Path) -> None:
         assert message in result.stderr
 
 
+def test_bad_rows_never_take_the_place_of_the_events(tmp_path: Path) -> None:
+    data = tmp_path / "events.csv"
+    data.write_text("user_id,item_id\nu,i\n")
+    arguments = ["import", "--data", data, "--store", tmp_path / "store", "--rejects", tmp_path / "." / "events.csv"]
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert (result.exit_code, data.read_text()) == (2, "user_id,item_id\nu,i\n")
+
+
 def test_parts_hold_the_same_events_however_they_are_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = tmp_path / "pairs.txt"
     data.write_text("".join(f"u{number % 7} i{number}\n" for number in range(250)))
