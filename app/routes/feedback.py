@@ -10,6 +10,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictFloat, ValidationError, model_validator
 from pydantic_core import from_json
+from starlette.concurrency import run_in_threadpool
 
 from app.errors import MEDIA_TYPE, FieldError, Problem, ProblemDocument, responses, unavailable
 from app.identifiers import EventId, EventType, ItemId, Metadata, UserId, explain
@@ -22,6 +23,7 @@ from ml.snapshots import RETRACT
 router = APIRouter(tags=["feedback"])
 
 MAX_EVENTS = 1_000
+MAX_BYTES_AT_ONCE = 65_536
 # Clocks differ: an event may claim to be this much younger than ours says.
 AHEAD = timedelta(minutes=5)
 MAX_ERRORS_SHOWN = 100
@@ -156,19 +158,23 @@ async def feedback(request: Request, service: ServiceDep, _: Feedback) -> Respon
     """Store one event or up to 1,000. Each is judged by itself: a bad one does not stop the others. What is answered
     as `stored` was committed before the answer. 201 if any event was stored, 200 if none was but some were known
     already, else 422."""
-    rows = await _rows(request)
-    now = datetime.now(UTC)
-    judged = [_judge(row, now) for row in rows]
+    _require_json(request)
+    body = await request.body()
+    # A long body takes so long to judge that others would notice.
+    judged = _read(body) if len(body) <= MAX_BYTES_AT_ONCE else await run_in_threadpool(_read, body)
     events = [event for event in judged if isinstance(event, NewEvent)]
     outcomes = iter(await _store(service, events))
     return _answer([next(outcomes) if isinstance(event, NewEvent) else event for event in judged])
 
 
-async def _rows(request: Request) -> list[Any]:
+def _require_json(request: Request) -> None:
     content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if content_type != "application/json":
         raise Problem(415, detail="Send JSON, with `Content-Type: application/json`.", field="header.content-type")
-    body = await request.body()
+
+
+def _read(body: bytes) -> list[NewEvent | Outcome]:
+    """Every row of a body as an event to store, or as rejected."""
     try:
         parsed = from_json(body, allow_inf_nan=False)
     except (ValueError, RecursionError) as error:
@@ -178,7 +184,8 @@ async def _rows(request: Request) -> list[Any]:
         raise _unreadable("must be an event (a JSON object) or a list of them")
     if not 1 <= len(rows) <= MAX_EVENTS:
         raise _unreadable(f"holds {len(rows)} events; send 1 to {MAX_EVENTS:,} at a time")
-    return rows
+    now = datetime.now(UTC)
+    return [_judge(row, now) for row in rows]
 
 
 def _unreadable(message: str) -> Problem:

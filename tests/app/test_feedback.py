@@ -1,6 +1,7 @@
 """`POST /feedback`: an outcome for every row, nothing counted twice, nothing lost with its neighbour."""
 
 import json
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
@@ -12,6 +13,7 @@ from fastapi.testclient import TestClient
 from sqlalchemy.engine import Engine
 
 from app.main import create_app
+from app.routes import feedback
 from app.settings import Settings
 from app.tables import events, items, users
 
@@ -163,6 +165,25 @@ def test_an_oversized_body_is_a_problem(client: TestClient, engine: Engine) -> N
     assert response.status_code == 413
     assert response.headers["content-type"] == PROBLEM
     assert not stored(engine)
+
+
+def test_long_bodies_are_judged_beside_the_event_loop(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half a second of checks on the event loop would hold up every other request."""
+    judged_by: list[int] = []
+    judge = feedback._judge
+
+    def noting(row: Any, now: datetime) -> Any:
+        judged_by.append(threading.get_ident())
+        return judge(row, now)
+
+    monkeypatch.setattr(feedback, "_judge", noting)
+    event = {"user_id": "anna", "item_id": "dune", "type": "click"}
+    assert post(client, event)[0] == 201
+    assert post(client, event | {"context": {"zeros": [0] * 5_000}})[0] == 201
+    assert judged_by[0] == judged_by[1]
+    many = [event | {"event_id": str(number), "context": {"text": "x" * 100}} for number in range(1_000)]
+    assert outcomes(post(client, many)[1]) == ["stored"] * 1_000
+    assert set(judged_by[:2]).isdisjoint(judged_by[2:])
 
 
 def test_a_repeated_event_is_a_duplicate(client: TestClient, engine: Engine) -> None:
