@@ -33,6 +33,9 @@ def open_writer(engine: Engine) -> EventWriter:
     return SqliteWriter(engine) if engine.dialect.name == "sqlite" else PostgresWriter(engine)
 
 
+LAST_ERASURE = "SELECT max(sequence) FROM erasures"
+
+
 class KnownIds:
     """Which ids the catalogue already has, in bounded memory."""
 
@@ -47,6 +50,10 @@ class KnownIds:
         if len(self._known) + len(ids) > MAX_KNOWN_IDS:
             self._known.clear()
         self._known.update(ids[:MAX_KNOWN_IDS])
+
+    def forget(self) -> None:
+        """Know nothing: some of the ids may have been erased."""
+        self._known.clear()
 
 
 class SqliteWriter:
@@ -71,6 +78,7 @@ class SqliteWriter:
         self._chunk = 2_000
         self._chunks_written = 0
         self._users, self._items = KnownIds(), KnownIds()
+        self._last_erasure = self._connection.execute(LAST_ERASURE).fetchone()
 
     def write(self, events: pa.Table) -> Iterator[tuple[int, int]]:
         start = 0
@@ -91,6 +99,12 @@ class SqliteWriter:
         connection.execute("BEGIN IMMEDIATE")
         began = time.perf_counter()
         try:
+            last_erasure = connection.execute(LAST_ERASURE).fetchone()
+            if last_erasure != self._last_erasure:
+                self._users.forget()
+                self._items.forget()
+                users, items = self._users.new(chunk["user_id"]), self._items.new(chunk["item_id"])
+                self._last_erasure = last_erasure
             connection.executemany(
                 "INSERT INTO users (user_id, metadata, created_at, updated_at) VALUES (?, '{}', ?, ?)"
                 " ON CONFLICT DO NOTHING",
@@ -142,6 +156,7 @@ class PostgresWriter:
             "CREATE TEMPORARY TABLE imported (row bigint, user_id text, event_id text, item_id text, type text,"
             " value double precision, occurred_at timestamptz, retracts text) ON COMMIT DELETE ROWS"
         )
+        self._last_erasure = self._connection.execute(LAST_ERASURE).fetchone()
         self._connection.commit()
 
     def write(self, events: pa.Table) -> Iterator[tuple[int, int]]:
@@ -153,21 +168,10 @@ class PostgresWriter:
         now = datetime.now(UTC)
         users, items = self._users.new(chunk["user_id"]), self._items.new(chunk["item_id"])
         # A transaction of their own, so that feedback about a new user waits for these few rows alone.
-        if users:
-            self._connection.execute(
-                "INSERT INTO users (user_id, metadata, created_at, updated_at)"
-                " SELECT id, '{}', %(now)s, %(now)s FROM unnest(%(ids)s::text[]) id ON CONFLICT DO NOTHING",
-                {"ids": users, "now": now},
-            )
-            self._connection.commit()
-        if items:
-            self._connection.execute(
-                "INSERT INTO items (item_id, categories, hidden, metadata, created_at, updated_at)"
-                " SELECT id, '[]', false, '{}', %(now)s, %(now)s FROM unnest(%(ids)s::text[]) id"
-                " ON CONFLICT DO NOTHING",
-                {"ids": items, "now": now},
-            )
-            self._connection.commit()
+        self._add_users(users, now)
+        self._connection.commit()
+        self._add_items(items, now)
+        self._connection.commit()
         zoned = chunk.set_column(
             chunk.schema.get_field_index("occurred_at"),
             "occurred_at",
@@ -186,10 +190,36 @@ class PostgresWriter:
                 (now,),
             )
             stored: int = cursor.rowcount
+        # An erasure waits for the events from here on; one that came before may have taken users or items of theirs.
+        last_erasure = self._connection.execute(LAST_ERASURE).fetchone()
+        if last_erasure != self._last_erasure:
+            self._users.forget()
+            self._items.forget()
+            users, items = self._users.new(chunk["user_id"]), self._items.new(chunk["item_id"])
+            self._add_users(users, now)
+            self._add_items(items, now)
+            self._last_erasure = last_erasure
         self._connection.commit()
         self._users.add(users)
         self._items.add(items)
         return stored
+
+    def _add_users(self, ids: list[str], now: datetime) -> None:
+        if ids:
+            self._connection.execute(
+                "INSERT INTO users (user_id, metadata, created_at, updated_at)"
+                " SELECT id, '{}', %(now)s, %(now)s FROM unnest(%(ids)s::text[]) id ON CONFLICT DO NOTHING",
+                {"ids": ids, "now": now},
+            )
+
+    def _add_items(self, ids: list[str], now: datetime) -> None:
+        if ids:
+            self._connection.execute(
+                "INSERT INTO items (item_id, categories, hidden, metadata, created_at, updated_at)"
+                " SELECT id, '[]', false, '{}', %(now)s, %(now)s FROM unnest(%(ids)s::text[]) id"
+                " ON CONFLICT DO NOTHING",
+                {"ids": ids, "now": now},
+            )
 
     def close(self) -> None:
         self._connection.close()

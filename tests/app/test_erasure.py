@@ -1,6 +1,7 @@
 """Erasing reaches every place that knows a user or an item, and waits for events under way."""
 
 import threading
+from contextlib import closing
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,10 @@ from sqlalchemy.engine import Engine
 
 from app.database import create_engine, writing
 from app.erasure import Erased, erase, subject_sha256
+from app.event_writer import EVENT_COLUMNS, open_writer
 from app.serving.recommendation_log import RecommendationLog, Shown
 from app.settings import Settings
-from app.tables import audit_log, erasures, events, recommendation_log, users
+from app.tables import audit_log, erasures, events, items, recommendation_log, users
 from app.training.snapshots import take_snapshot
 from ml.snapshots import read_parts
 from ml.store import open_store
@@ -108,6 +110,23 @@ def test_an_answer_that_enters_the_log_meanwhile_does_not_outlive_its_user(engin
     with engine.connect() as connection:
         assert connection.execute(sa.select(recommendation_log.c.user_id)).scalars().all() == []
         assert connection.execute(sa.select(erasures.c.kind)).scalars().all() == ["user"]
+
+
+def test_what_an_import_brings_back_is_in_the_catalogue_again(engine: Engine) -> None:
+    rows = 45_000  # several chunks on both databases
+    texts = {"user_id": "u", "item_id": "i", "type": "click", "retracts": None}
+    columns = {name: pa.repeat(pa.scalar(value, pa.string()), rows) for name, value in texts.items()}
+    columns |= {"event_id": pa.array(map(str, range(rows))), "value": pa.nulls(rows, pa.float64())}
+    columns["occurred_at"] = pa.repeat(pa.scalar(NOW.replace(tzinfo=None), pa.timestamp("us")), rows)
+    with closing(open_writer(engine)) as writer:
+        chunks = writer.write(pa.table({name: columns[name] for name in EVENT_COLUMNS}))
+        first, _ = next(chunks)
+        assert erase(engine, "user", "u", actor="cli").events == first
+        assert erase(engine, "item", "i", actor="cli").catalog == 1
+        assert sum(stored for _, stored in chunks) == rows - first
+    with engine.connect() as connection:
+        assert connection.execute(sa.select(users.c.user_id)).scalars().all() == ["u"]
+        assert connection.execute(sa.select(items.c.item_id)).scalars().all() == ["i"]
 
 
 def test_what_is_erased_is_gone_from_the_file(sqlite_url: str) -> None:
