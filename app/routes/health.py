@@ -6,6 +6,7 @@ from fastapi import APIRouter, Response
 from pydantic import BaseModel, Field
 
 from app.errors import responses
+from app.security import AnyKey
 from app.serving.service import Service, ServiceDep
 from app.telemetry import CONTENT_TYPE
 
@@ -80,5 +81,5 @@ class PrometheusText(Response):
 
 
 @router.get("/metrics", summary="Metrics for Prometheus", response_class=PrometheusText, responses=responses())
-def metrics(service: ServiceDep) -> PrometheusText:
+def metrics(service: ServiceDep, _: AnyKey) -> PrometheusText:
     return PrometheusText(service.metrics.render())

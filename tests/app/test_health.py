@@ -5,10 +5,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 from fastapi.testclient import TestClient
+from sqlalchemy.engine import Engine
 
 from app.database import create_engine
 from app.main import create_app
 from app.migrations import migrate
+from app.security import create_key
 from app.settings import Settings
 
 
@@ -39,6 +41,16 @@ def test_metrics_are_prometheus_text(client: TestClient) -> None:
     assert "shortlist_recommendation_log_lost_total 0.0" in answer.text
     assert 'shortlist_requests_total{method="POST",route="/feedback",status="201"} 1.0' in answer.text
     assert "anna" not in answer.text
+
+
+def test_metrics_take_a_key_of_any_scope_once_there_is_one(
+    settings: Settings, engine: Engine, connect: Callable[..., TestClient]
+) -> None:
+    key = create_key(engine, "scraper", ["recommend"]).key
+    with connect(create_app(settings)) as client:
+        assert client.get("/metrics").status_code == 401
+        assert client.get("/metrics", headers={"X-API-Key": key}).status_code == 200
+        assert client.get("/health/ready").status_code == 200
 
 
 def test_the_page_of_the_interface_loads_nothing_from_elsewhere(client: TestClient) -> None:
