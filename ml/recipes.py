@@ -26,6 +26,7 @@ _MINIMUM: dict[str, tuple[float, bool]] = {
     "factors": (1, True), "tower_factors": (1, True), "hidden": (1, True), "window_length": (1, True),
     "horizontal_filters": (1, True), "vertical_filters": (1, True), "dropout": (0, True), "initial_scale": (0, False),
     "embedding_dropout": (0, True), "unknown_user_share": (0, True), "recency": (0, True),
+    "user_balance": (0, True),
 }  # fmt: skip
 _BELOW_ONE = ("dropout", "embedding_dropout", "unknown_user_share")
 
@@ -51,7 +52,8 @@ class Recipe:
     `negatives` sampled items an example, `shared_negatives` one draw for the whole batch; "hard" and "semi_hard"
     choose them from `pool` uniform ones by the model's own scores. `targets` items after a window are learnt at once;
     without a window, that many of a user's items, against the same samples. `batch_size` counts windows, or targets.
-    An example that n of its user's are newer than weighs (1 + n) ** -recency.
+    An example that n of its user's are newer than weighs (1 + n) ** -recency; one of m examples of its user weighs
+    m ** -user_balance.
     With the "cosine" schedule the learning rate falls to nothing over all `epochs`.
     Training stops after `patience` epochs without a better validation, or after `epochs`.
     """
@@ -67,6 +69,7 @@ class Recipe:
     pool: int = 0
     popularity_power: float = 0.75
     recency: float = 0.0
+    user_balance: float = 0.0
     targets: int = 1
     learning_rate: float = 0.001
     schedule: Schedule = "constant"
@@ -141,6 +144,7 @@ RECIPES: dict[str, Recipe] = {
         config=MatrixFactorizationConfig(),
         negatives=512,
         shared_negatives=True,
+        recency=0.8,
         learning_rate=0.002,
         l2=1e-4,
         epochs=30,

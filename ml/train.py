@@ -130,7 +130,7 @@ class _Loop:
 
     def __post_init__(self) -> None:
         recipe, data = self.recipe, self.interactions
-        self.examples = Examples(data, self.device, recipe.recency)
+        self.examples = Examples(data, self.device, recipe.recency, recipe.user_balance)
         distribution: Literal["uniform", "popularity"] = "popularity" if recipe.sampling == "popularity" else "uniform"
         self.sampler = NegativeSampler(
             self.examples.users,
@@ -338,16 +338,20 @@ class _Loop:
 class Examples:
     """Interactions on the training device: every row is an example, with the rows before it as its window."""
 
-    def __init__(self, interactions: Interactions, device: torch.device, recency: float = 0.0) -> None:
+    def __init__(
+        self, interactions: Interactions, device: torch.device, recency: float = 0.0, user_balance: float = 0.0
+    ) -> None:
         self.num_items = interactions.num_items
         self.users = torch.as_tensor(interactions.user_index, dtype=torch.int64, device=device)
         self.items = torch.as_tensor(interactions.item_index, dtype=torch.int64, device=device)
         self.offsets = torch.as_tensor(interactions.offsets, dtype=torch.int64, device=device)
         weights = interactions.weight
         self.weights = None if weights is None else torch.as_tensor(weights, dtype=torch.float32, device=device)
-        if recency:
-            ages = self.offsets[self.users + 1] - 1 - torch.arange(len(self.users), device=device)
-            shares = (1.0 + ages) ** -recency
+        if recency or user_balance:
+            ends = self.offsets[self.users + 1]
+            ages = ends - 1 - torch.arange(len(self.users), device=device)
+            counts = ends - self.offsets[self.users]
+            shares = (1.0 + ages) ** -recency * counts.float() ** -user_balance
             self.weights = shares if self.weights is None else self.weights * shares
         self._in_time = (self.items, self.weights)
 

@@ -296,6 +296,13 @@ def test_recency_weighs_newer_examples_more() -> None:
     assert weight.flatten().tolist() == pytest.approx([1 / 3, 1 / 2, 1, 1])
 
 
+def test_user_balance_weighs_active_users_less() -> None:
+    data = replace(Interactions.from_arrays(["a", "a", "b"], ["x", "y", "z"]), weight=np.array([1, 4, 3], np.float32))
+    weight = Examples(data, torch.device("cpu"), user_balance=1.0).weight(torch.arange(3), 1)
+    assert weight is not None
+    assert weight.flatten().tolist() == pytest.approx([1 / 2, 2, 3])
+
+
 def test_the_initial_model_is_where_training_starts() -> None:
     data = checkerboard()
     settings = recipe("matrix_factorization", learning_rate="1e-12", epochs="1")
