@@ -16,6 +16,7 @@ from starlette.exceptions import HTTPException
 
 from app.database import is_outage
 from app.identifiers import explain
+from ml.store import StoreUnavailable
 
 MEDIA_TYPE = "application/problem+json"
 RETRY_AFTER_SECONDS = 2
@@ -106,6 +107,7 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(HTTPException, _http)
     app.add_exception_handler(DBAPIError, _database)
     app.add_exception_handler(PoolTimeout, _database)
+    app.add_exception_handler(StoreUnavailable, _store)
     app.add_exception_handler(Exception, _unexpected)
     describe = app.openapi
 
@@ -200,6 +202,11 @@ async def _database(request: Request, error: Exception) -> Response:
         await log.awarning("database unavailable", path=request.url.path, error=type(error).__name__)
         return unavailable().response()
     return await _unexpected(request, error)
+
+
+async def _store(request: Request, error: Exception) -> Response:
+    await log.awarning("store unavailable", path=request.url.path, reason=str(error))
+    return unavailable("The store of versions cannot be used now; try again.").response()
 
 
 async def _unexpected(request: Request, error: Exception) -> Response:

@@ -9,11 +9,17 @@ import re
 import secrets
 import time
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol
 
 _SEGMENT = re.compile(r"[A-Za-z0-9_=+@][A-Za-z0-9._=+@-]*")
 _TEMPORARY = ".temporary-"
+_PATIENCE = timedelta(seconds=30)  # obstore would go on for minutes, while a caller waits
+
+
+class StoreUnavailable(OSError):  # noqa: N818
+    """A bucket that does not answer, or refuses what it is asked; its text is one line."""
 
 
 class Store(Protocol):
@@ -177,21 +183,21 @@ class ObjectStore:
         self._absent = (obstore.exceptions.NotFoundError, FileNotFoundError)
         self._failure = obstore.exceptions.BaseError
         try:
-            self._store: Any = obstore.store.from_url(url)
+            self._store: Any = obstore.store.from_url(url, retry_config={"retry_timeout": _PATIENCE})
         except obstore.exceptions.BaseError as error:
             reason = str(error).partition("\n")[0]
             raise ValueError(f"{url} is no store: give a folder or s3://bucket/prefix ({reason})") from None
 
     @contextlib.contextmanager
     def _reaching(self) -> Iterator[None]:
-        """Turn what keeps a bucket from answering into an OSError of one line."""
+        """Turn what keeps a bucket from answering into StoreUnavailable."""
         try:
             yield
         except self._absent:
             raise
         except self._failure as error:
             reason = str(error).partition("\n")[0]
-            raise OSError(f"the store {self.url} did not do what was asked: {reason}") from error
+            raise StoreUnavailable(f"the store {self.url} did not do what was asked: {reason}") from error
 
     def put(self, name: str, data: bytes | Path) -> None:
         """Write a file whole, replacing the one of this name."""

@@ -27,7 +27,7 @@ from app.training.promotion import NothingToRollBackTo
 from app.training.runs import Promote, Run, RunIsOver
 from ml.recipes import apply_overrides, recipe_named
 from ml.registry import Registry, VersionDamaged
-from ml.store import open_store
+from ml.store import StoreUnavailable, open_store
 
 ACTOR = "cli"
 FOLLOW_SECONDS = 0.3
@@ -41,6 +41,8 @@ def _opened(settings: Settings | None) -> Iterator[tuple[Settings, Engine]]:
     try:
         migrate(engine)
         yield settings, engine
+    except StoreUnavailable as error:
+        _fail(str(error))
     finally:
         engine.dispose()
 

@@ -4,6 +4,7 @@ import json
 import threading
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from app.database import writing
 from app.main import create_app
 from app.security import create_key
 from app.settings import Settings
-from app.training import runs
+from app.training import promotion, runs
 from app.training.worker import Worker
 
 
@@ -190,3 +191,44 @@ def test_other_scopes_may_not(settings: Settings, engine: Engine, key: Any, conn
             ("POST", "/admin/models/rollback"),
         ):
             assert client.request(method, path).status_code == 403, path
+
+
+@pytest.fixture
+def refusing_bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A bucket whose server refuses everything."""
+
+    class Refuse(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_error(403)
+
+        do_HEAD = do_GET  # noqa: N815 - called so by http.server
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    names = {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b", "AWS_REGION": "c", "AWS_ALLOW_HTTP": "true"}
+    for name, value in names.items():
+        monkeypatch.setenv(name, value)
+    with ThreadingHTTPServer(("127.0.0.1", 0), Refuse) as server:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
+        threading.Thread(target=server.serve_forever).start()
+        yield "s3://bucket/shortlist"
+        server.shutdown()
+
+
+def test_a_store_that_is_away_is_a_503(
+    settings: Settings, engine: Engine, refusing_bucket: str, key: Any, connect: Callable[..., TestClient]
+) -> None:
+    with writing(engine) as connection:
+        for version in ("v1", "v2"):
+            promotion.add_candidate(connection, version, "caser", {"metrics": {}})
+            promotion.activate(connection, version, actor="test", reason="test")
+    with connect(create_app(settings.model_copy(update={"store_url": refusing_bucket})), key=key.key) as client:
+        for path in ("v1/activate", "unknown/activate", "rollback"):
+            answer = client.post(f"/admin/models/{path}")
+            assert (answer.status_code, answer.json()["title"]) == (503, "Service Unavailable")
+            assert "store" in answer.json()["detail"]
+            assert "bucket" not in answer.text
+            assert int(answer.headers["retry-after"]) > 0
+        # What is known without the store is still told.
+        assert client.get("/admin/models").json()["active"] == "v2"

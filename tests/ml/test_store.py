@@ -7,7 +7,7 @@ import boto3
 import pytest
 from moto.server import ThreadedMotoServer
 
-from ml.store import FolderStore, ObjectStore, Store, open_store
+from ml.store import FolderStore, ObjectStore, Store, StoreUnavailable, open_store
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,7 @@ def test_what_is_not_there_is_a_key_error(store: Store, tmp_path: Path) -> None:
 def test_a_bucket_that_is_not_there_is_an_error_of_one_line(bucket: str) -> None:
     store = open_store(f"{bucket}-missing/prefix")
     for use in (lambda: store.list("versions"), lambda: store.put("a", b""), lambda: store.put_if_absent("a", b"")):
-        with pytest.raises(OSError, match="404"):
+        with pytest.raises(StoreUnavailable, match="404"):
             use()
 
 
