@@ -28,6 +28,13 @@ _MINIMUM: dict[str, tuple[float, bool]] = {
     "embedding_dropout": (0, True), "unknown_user_share": (0, True), "recency": (0, True),
     "user_balance": (0, True),
 }  # fmt: skip
+# The largest value of those that take memory or time; what is above is a mistake.
+_MAXIMUM = {
+    "window_length": 1_000, "factors": 65_536, "tower_factors": 65_536, "hidden": 65_536, "horizontal_filters": 65_536,
+    "vertical_filters": 65_536, "targets": 65_536, "epochs": 100_000, "patience": 100_000, "negatives": 1_000_000,
+    "pool": 1_000_000, "batch_size": 10_000_000,
+}  # fmt: skip
+_MAXIMUM_CHARACTERS = 200
 _BELOW_ONE = ("dropout", "embedding_dropout", "unknown_user_share")
 
 
@@ -41,6 +48,8 @@ def _check_number(key: str, value: Any) -> None:
         # Written so that NaN fails too.
         if not (number >= minimum if reachable else number > minimum) or number == float("inf"):
             raise ValueError(f"{key} must be {'at least' if reachable else 'more than'} {minimum:g}, not {number}")
+        if key in _MAXIMUM and number > _MAXIMUM[key]:
+            raise ValueError(f"{key} must be at most {_MAXIMUM[key]:,}, not {number:,}")
         if key in _BELOW_ONE and not number < 1:
             raise ValueError(f"{key} must be below 1, not {number}")
 
@@ -200,6 +209,8 @@ def apply_overrides(recipe: Recipe, overrides: Mapping[str, str]) -> Recipe:
 
 
 def _parse(key: str, text: str, kind: Any) -> Any:
+    if len(text) > _MAXIMUM_CHARACTERS:
+        raise ValueError(f"{key} must be at most {_MAXIMUM_CHARACTERS} characters long, not {len(text):,}")
     if get_origin(kind) is Literal:
         if text not in get_args(kind):
             raise ValueError(f"{key} must be one of {', '.join(get_args(kind))}, not {text!r}")

@@ -121,6 +121,7 @@ def test_an_idempotency_key_answers_the_same_run(client: TestClient) -> None:
         ({"recipe": "nope"}, "body.recipe", "neumf, caser"),
         ({"recipe": "caser", "set": {"speed": 9}}, "body.set", "learning_rate"),
         ({"recipe": "caser", "set": {"learning_rate": -1}}, "body.set", "learning_rate must be more than 0"),
+        ({"recipe": "caser", "set": {"window_length": 10**9}}, "body.set", "window_length must be at most 1,000"),
         ({"recipe": "neumf", "set": {"loss": "triplet"}}, "body.set", "NeuMF has none"),
         ({"recipe": "caser", "promote": "maybe"}, "body.promote", "guarded"),
         ({"recipe": "caser", "epochs": 3}, "body.epochs", ""),

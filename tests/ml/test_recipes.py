@@ -42,6 +42,13 @@ def test_overrides_are_typed_by_their_key() -> None:
         ("epochs", "0", "epochs must be at least 1"),
         ("dropout", "1", "dropout must be below 1"),
         ("window_length", "0", "window_length must be at least 1"),
+        ("window_length", "1001", "window_length must be at most 1,000, not 1,001"),
+        ("factors", "65537", "factors must be at most 65,536"),
+        ("horizontal_filters", "100000", "horizontal_filters must be at most 65,536"),
+        ("epochs", "9" * 150, "epochs must be at most 100,000"),
+        ("epochs", "9" * 5_000, "epochs must be at most 200 characters long, not 5,000"),
+        ("negatives", "1000001", "negatives must be at most 1,000,000"),
+        ("batch_size", "10000001", "batch_size must be at most 10,000,000"),
         ("item_bias", "maybe", "item_bias must be true or false"),
         ("schedule", "daily", "schedule must be one of constant, cosine"),
         ("loss", "magic", "loss must be one of bpr, weighted_bpr, hinge, triplet, softmax, bce"),
@@ -52,6 +59,11 @@ def test_overrides_are_typed_by_their_key() -> None:
 def test_wrong_overrides_name_what_is_right(key: str, value: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         apply_overrides(RECIPES["caser"], {key: value})
+
+
+def test_widths_have_bounds() -> None:
+    with pytest.raises(ValueError, match="hidden must be at most 65,536"):
+        apply_overrides(RECIPES["neumf"], {"hidden": "8,65537"})
 
 
 def test_neumf_refuses_the_triplet_loss() -> None:
