@@ -11,8 +11,6 @@ from fastapi.responses import HTMLResponse
 from fastapi.staticfiles import StaticFiles
 from pydantic import BaseModel
 
-from app.errors import MEDIA_TYPE, responses
-
 ASSETS = Path(fastapi_offline.__file__).parent / "static"
 
 
@@ -25,7 +23,9 @@ def install(app: FastAPI, schemas: Mapping[str, type[BaseModel]]) -> None:
 
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
-            _complete(describe(), schemas)
+            known = describe().setdefault("components", {}).setdefault("schemas", {})
+            for name, model in schemas.items():
+                known.setdefault(name, model.model_json_schema(ref_template="#/components/schemas/{model}"))
         return describe()
 
     app.openapi = openapi  # type: ignore[method-assign]
@@ -42,23 +42,3 @@ def install(app: FastAPI, schemas: Mapping[str, type[BaseModel]]) -> None:
             swagger_favicon_url="docs/assets/favicon.png",
             swagger_ui_parameters={"tryItOutEnabled": True, "displayRequestDuration": True, "docExpansion": "list"},
         )
-
-
-def _complete(description: dict[str, Any], schemas: Mapping[str, type[BaseModel]]) -> None:
-    """Add what is true of every operation alike: what a missing key, a body too long, an odd path are answered with."""
-    known = description.setdefault("components", {}).setdefault("schemas", {})
-    for name, model in schemas.items():
-        known.setdefault(name, model.model_json_schema(ref_template="#/components/schemas/{model}"))
-    for path, operations in description["paths"].items():
-        for operation in operations.values():
-            statuses = [500]
-            if operation.get("security"):
-                statuses += [401, 403, 503]
-            if "requestBody" in operation:
-                statuses += [413]
-            if "{" in path:
-                statuses += [404]
-            for status, response in responses(*statuses).items():
-                content = {"schema": {"$ref": "#/components/schemas/ProblemDocument"}}
-                problem = {"description": response["description"], "content": {MEDIA_TYPE: content}}
-                operation["responses"].setdefault(str(status), problem)

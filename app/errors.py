@@ -90,7 +90,7 @@ def responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """What a route may answer beside success, for its OpenAPI description: `responses=responses(404)`.
 
     `install` adds what goes without saying: 500; 401, 403 and 503 where a key is checked; 413 where there is a body;
-    422 where there is anything to get wrong.
+    404 where the path has a part to fill in; 422 where there is anything to get wrong.
     """
     return {status: {**_description(status), "model": ProblemDocument} for status in sorted({*statuses, 500})}
 
@@ -126,7 +126,8 @@ def _describe_as_problems(description: dict[str, Any]) -> None:
         schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
         schema.pop("$defs", None)
         schemas[model.__name__] = schema
-    for operation in (operation for path in description["paths"].values() for operation in path.values()):
+    operations = [(path, it) for path, methods in description["paths"].items() for it in methods.values()]
+    for path, operation in operations:
         answers = operation["responses"]
         if "HTTPValidationError" in str(answers.get("422")):
             answers["422"] = _description(422)
@@ -135,6 +136,8 @@ def _describe_as_problems(description: dict[str, Any]) -> None:
             expected += [401, 403, 503]
         if "requestBody" in operation:
             expected += [413, 422]
+        if "{" in path:
+            expected += [404]
         for status in expected:
             answers.setdefault(str(status), _description(status))
         for answer in answers.values():

@@ -189,6 +189,6 @@ def test_problems_are_described(client: TestClient) -> None:
         assert answers[status]["content"] == {
             "application/problem+json": {"schema": {"$ref": "#/components/schemas/ProblemDocument"}}
         }
-    assert set(described["paths"]["/users/{user_id}"]["get"]["responses"]) == {"200", "422", "500"}
+    assert set(described["paths"]["/users/{user_id}"]["get"]["responses"]) == {"200", "404", "422", "500"}
     assert "HTTPValidationError" not in str(described)
     assert "ProblemDocument" in described["components"]["schemas"]
