@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 from urllib.parse import quote
 
 import sqlalchemy as sa
@@ -32,6 +32,7 @@ from app.security import create_key, list_keys, revoke_key
 from app.settings import Settings
 from app.tables import events
 from app.telemetry import configure_logging
+from app.terminal import fail
 from app.training import runs
 from app.training.promotion import active_version
 from app.training.runs import Run
@@ -81,7 +82,7 @@ def run_demo(data: Path | None, *, port: int | None, data_dir: Path | None) -> N
     try:
         source = None if data is None else open_source(data)
     except (ValueError, OSError) as error:
-        _fail(str(error))
+        fail(str(error))
     settings = _settings(port, data_dir)
     settings = _folder_for(source, settings)
     _check_port(settings)
@@ -104,11 +105,6 @@ def run_demo(data: Path | None, *, port: int | None, data_dir: Path | None) -> N
         raise typer.Exit(130) from None
     finally:
         engine.dispose()
-
-
-def _fail(message: str) -> NoReturn:
-    typer.echo(f"Error: {message}", err=True)
-    raise typer.Exit(1)
 
 
 def _settings(port: int | None, data_dir: Path | None) -> Settings:
@@ -144,7 +140,7 @@ def _check_port(settings: Settings) -> None:
         try:
             probe.bind((settings.host, settings.port))
         except OSError as error:
-            _fail(f"port {settings.port} of {settings.host} cannot be used ({error.strerror}); choose another: --port")
+            fail(f"port {settings.port} of {settings.host} cannot be used ({error.strerror}); choose another: --port")
 
 
 # --- events --------------------------------------------------------------------------------------------------------
@@ -217,7 +213,7 @@ def _train(engine: Engine, settings: Settings) -> None:
     for run in finished:
         typer.echo(f"{run.recipe}: {run.state}: {run.message}", err=True)
     if all(run.state != "succeeded" for run in finished):
-        _fail("no training succeeded; the messages above say why")
+        fail("no training succeeded; the messages above say why")
     if active is None:
         typer.echo("No model was promoted, so popular items are served; the messages above say why.", err=True)
     else:

@@ -4,11 +4,8 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
-from typing import NoReturn
 
 import typer
-from rich.console import Console
-from rich.table import Table
 from sqlalchemy.engine import Engine
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -17,14 +14,8 @@ from app.database import create_engine, is_outage
 from app.migrations import MigrationError, migrate
 from app.security import KeyRow, NewKey, create_key, list_keys, revoke_key, rotate_key
 from app.settings import Settings
+from app.terminal import fail, print_table
 from app.times import rfc3339
-
-WIDTH_ELSEWHERE = 500  # a line a row where nobody looks at a terminal
-
-
-def _fail(message: str) -> NoReturn:
-    typer.echo(f"error: {message}", err=True)
-    raise typer.Exit(1)
 
 
 @contextmanager
@@ -34,11 +25,11 @@ def _database() -> Iterator[Engine]:
         migrate(engine)
         yield engine
     except MigrationError as error:
-        _fail(str(error))
+        fail(str(error))
     except SQLAlchemyError as error:
         if not is_outage(error):
             raise
-        _fail("the database cannot be reached: check SHORTLIST_DATABASE_URL")
+        fail("the database cannot be reached: check SHORTLIST_DATABASE_URL")
     finally:
         engine.dispose()
 
@@ -50,19 +41,19 @@ def keys_create_command(name: str, *, scopes: Sequence[str], expires_days: float
         with _database() as engine:
             key = create_key(engine, name, scopes, expires_in=expires_in)
     except (ValueError, OverflowError) as error:
-        _fail(str(error))
+        fail(str(error))
     _show_new(key, scopes, as_json)
 
 
 def keys_rotate_command(key_id: str, *, grace_hours: float, as_json: bool) -> None:
     """Make a key like an old one, which works on for a while."""
     if not 0 <= grace_hours <= 24 * 365:
-        _fail("--grace-hours must be between 0 and 8760")
+        fail("--grace-hours must be between 0 and 8760")
     with _database() as engine:
         try:
             new = rotate_key(engine, key_id, grace=timedelta(hours=grace_hours))
         except KeyError:
-            _fail(f"no key {key_id} can be used; `shortlist keys list` shows them all")
+            fail(f"no key {key_id} can be used; `shortlist keys list` shows them all")
         scopes = next(row.scopes for row in list_keys(engine) if row.key_id == new.key_id)
     _show_new(new, scopes, as_json)
 
@@ -80,7 +71,7 @@ def keys_revoke_command(key_id: str) -> None:
     """Revoke a key."""
     with _database() as engine:
         if not revoke_key(engine, key_id):
-            _fail(f"no key {key_id} can be used; `shortlist keys list` shows them all")
+            fail(f"no key {key_id} can be used; `shortlist keys list` shows them all")
     seconds = Settings().key_cache_seconds
     typer.echo(f"Revoked {key_id}; every process refuses it in {seconds:g} seconds at most.")
 
@@ -113,17 +104,12 @@ def keys_list_command(*, as_json: bool) -> None:
     if not shown:
         typer.echo("No keys yet: only programs on this machine may call. `shortlist keys create NAME` makes one.")
         return
-    table = Table(box=None, pad_edge=False)
-    for heading in ("key", "name", "scopes", "state", "created", "expires"):
-        table.add_column(heading)
+    lines = []
     for row, values in zip(rows, shown, strict=True):
         created = f"{row.created_at:%Y-%m-%d %H:%M}"
         expires = f"{row.expires_at:%Y-%m-%d %H:%M}" if row.expires_at else "never"
-        table.add_row(row.key_id, row.name, ", ".join(row.scopes), str(values["state"]), created, expires)
-    console = Console(markup=False, highlight=False)
-    if not console.is_terminal:
-        console = Console(markup=False, highlight=False, width=WIDTH_ELSEWHERE)
-    console.print(table)
+        lines.append([row.key_id, row.name, ", ".join(row.scopes), values["state"], created, expires])
+    print_table(["key", "name", "scopes", "state", "created", "expires"], lines)
 
 
 def migrate_command() -> None:
@@ -132,11 +118,11 @@ def migrate_command() -> None:
     try:
         changed = migrate(engine)
     except MigrationError as error:
-        _fail(str(error))
+        fail(str(error))
     except SQLAlchemyError as error:
         if not is_outage(error):
             raise
-        _fail("the database cannot be reached: check SHORTLIST_DATABASE_URL")
+        fail("the database cannot be reached: check SHORTLIST_DATABASE_URL")
     finally:
         engine.dispose()
     typer.echo(f"{'Migrated' if changed else 'Already at'} {migrations.head()}.")

@@ -2,17 +2,16 @@
 
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import datetime
-from typing import Any, NoReturn
+from typing import Any
 
 import sqlalchemy as sa
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
-from rich.table import Table
 from sqlalchemy.engine import Engine
 
 from app import audit
@@ -21,6 +20,7 @@ from app.migrations import migrate
 from app.settings import Settings
 from app.tables import model_versions
 from app.telemetry import configure_logging
+from app.terminal import fail, print_table
 from app.times import rfc3339
 from app.training import runs, versions
 from app.training.promotion import NothingToRollBackTo
@@ -31,7 +31,6 @@ from ml.store import StoreUnavailable, open_store
 
 ACTOR = "cli"
 FOLLOW_SECONDS = 0.3
-WIDTH_ELSEWHERE = 500  # a line a row where nobody looks at a terminal
 
 
 @contextmanager
@@ -42,7 +41,7 @@ def _opened(settings: Settings | None) -> Iterator[tuple[Settings, Engine]]:
         migrate(engine)
         yield settings, engine
     except StoreUnavailable as error:
-        _fail(str(error))
+        fail(str(error))
     finally:
         engine.dispose()
 
@@ -51,28 +50,11 @@ def _registry(settings: Settings) -> Registry:
     return Registry(open_store(settings.resolved_store_url), settings.data_dir / "cache")
 
 
-def _fail(message: str) -> NoReturn:
-    typer.echo(f"error: {message}", err=True)
-    raise typer.Exit(1)
-
-
 def _print_json(document: Any) -> None:
     def plain(value: Any) -> str:
         return rfc3339(value) if isinstance(value, datetime) else str(value)
 
     typer.echo(json.dumps(document, default=plain, indent=2))
-
-
-def _print_table(names: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    table = Table(box=None, pad_edge=False)
-    for name in names:
-        table.add_column(name, overflow="fold")
-    for row in rows:
-        table.add_row(*["" if cell is None else str(cell) for cell in row])
-    console = Console()
-    if not console.is_terminal:
-        console.width = WIDTH_ELSEWHERE
-    console.print(table)
 
 
 # --- worker ----------------------------------------------------------------------------------------------------------
@@ -112,15 +94,15 @@ def retrain_command(
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals:
-            _fail(f"{override!r} is not key=value")
+            fail(f"{override!r} is not key=value")
         changes[key] = value
     try:
         apply_overrides(recipe_named(recipe), changes)
     except ValueError as error:
-        _fail(str(error))
+        fail(str(error))
     modes: dict[str, Promote] = {"guarded": "guarded", "always": "always", "never": "never"}
     if promote not in modes:
-        _fail(f"promote must be one of {', '.join(modes)}, not {promote!r}")
+        fail(f"promote must be one of {', '.join(modes)}, not {promote!r}")
     with _opened(settings) as (_, engine):
         with writing(engine) as connection:
             run, _is_new = runs.create(
@@ -151,7 +133,7 @@ def runs_list_command(*, limit: int = 20, as_json: bool = False, settings: Setti
         _print_json([asdict(run) for run in found])
         return
     columns = ["run", "recipe", "state", "created", "version", "promoted", "message"]
-    _print_table(columns, [[*_summary(run), run.version, run.promoted, run.message] for run in found])
+    print_table(columns, [[*_summary(run), run.version, run.promoted, run.message] for run in found])
 
 
 def _summary(run: Run) -> list[object]:
@@ -169,7 +151,7 @@ def _print_one(values: dict[str, Any], as_json: bool) -> None:
     if as_json:
         _print_json(values)
     else:
-        _print_table(["", ""], [[key, value] for key, value in values.items() if value is not None])
+        print_table(["", ""], [[key, value] for key, value in values.items() if value is not None])
 
 
 def _read(engine: Engine, run_id: str) -> Run:
@@ -177,7 +159,7 @@ def _read(engine: Engine, run_id: str) -> Run:
         try:
             return runs.read(connection, run_id)
         except KeyError:
-            _fail(f"there is no run {run_id}; `shortlist runs list` lists them")
+            fail(f"there is no run {run_id}; `shortlist runs list` lists them")
 
 
 def runs_cancel_command(run_id: str, *, settings: Settings | None = None) -> None:
@@ -189,7 +171,7 @@ def runs_cancel_command(run_id: str, *, settings: Settings | None = None) -> Non
                 run = runs.request_cancel(connection, run_id)
                 audit.record(connection, ACTOR, "run.cancel", run_id)
         except RunIsOver as error:
-            _fail(f"run {run_id} cannot be cancelled: {error}")
+            fail(f"run {run_id} cannot be cancelled: {error}")
     typer.echo("cancelled" if run.state == "cancelled" else "its worker will stop within a second or two")
 
 
@@ -265,7 +247,7 @@ def models_list_command(*, limit: int = 20, as_json: bool = False, settings: Set
         metrics = row["manifest"].get("metrics", {})
         measured = [_ndcg(metrics, part) for part in ("test", "popularity")]
         lines.append([row["version"], row["state"], f"{row['created_at']:%Y-%m-%d %H:%M:%S}", *measured])
-    _print_table(["version", "state", "created", "nDCG@10", "popularity's"], lines)
+    print_table(["version", "state", "created", "nDCG@10", "popularity's"], lines)
 
 
 def _ndcg(metrics: dict[str, Any], part: str) -> str:
@@ -280,7 +262,7 @@ def models_show_command(version: str, *, as_json: bool = False, settings: Settin
         with engine.connect() as connection:
             row = connection.execute(sa.select(model_versions).where(model_versions.c.version == version)).one_or_none()
     if row is None:
-        _fail(f"there is no version {version}; `shortlist models list` lists them")
+        fail(f"there is no version {version}; `shortlist models list` lists them")
     _print_one(dict(row._mapping), as_json)
 
 
@@ -309,6 +291,6 @@ def _change(change: Callable[[Engine, Registry], str], settings: Settings | None
         try:
             typer.echo(change(engine, _registry(own_settings)))
         except KeyError as error:
-            _fail(f"there is no version {error.args[0]}; `shortlist models list` lists them")
+            fail(f"there is no version {error.args[0]}; `shortlist models list` lists them")
         except (VersionDamaged, NothingToRollBackTo) as error:
-            _fail(str(error))
+            fail(str(error))
