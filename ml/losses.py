@@ -2,7 +2,8 @@
 
 Shapes, everywhere: `positive` (..., 1) and `negative` (..., samples) broadcast against each other; `valid`, where
 given, is False for a sampled score that must not count; `weight` (..., 1) weighs examples. Each returns a scalar, the
-weighted mean over examples, in nats where it is a likelihood. An example without any valid sample has loss zero.
+weighted mean over examples, in nats where it is a likelihood. An example without any valid sample has loss
+zero, except with `bce_loss`, where the observed item counts by itself.
 """
 
 from __future__ import annotations
