@@ -132,7 +132,7 @@ PAGE = """# The seed texts, reproduced
 Shortlist grew from the NeuMF and Caser chapters of *Dive into Deep Learning* and the texts around them. This page
 trains their models in their setting and says what was wrong in the originals. Every figure comes from
 `python benchmarks/seeds.py --data DIR --write docs/seeds.md`, with MovieLens 100K in DIR: means over {seeds} seeds,
-± the standard deviation between them, one thread.
+± the standard deviation between them, one thread. Seconds are of one training with its evaluation, on a busy machine.
 
 Their setting (recipes `neumf-seeds` and `caser-seeds`): 10 factors; NeuMF with hidden layers 10-10-10, 10 epochs,
 learning rate .01; Caser with windows of 5, 16 horizontal and 4 vertical filters, dropout .05, 8 epochs, learning rate
