@@ -1,7 +1,7 @@
 """Interactions: who took what, when, as dense arrays sorted by user and time."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -22,7 +22,8 @@ class Interactions:
     """Events that count as positives, sorted by (user_index, time, input position).
 
     All arrays hold one value a row: the indices int32, `time` int64 in microseconds since the epoch (the input
-    position where the source has no times), `weight` float32, or None where every weight is 1.
+    position where the source has no times), `weight` float32, or None where every weight is 1. `in_order` is False
+    where the source's order says nothing about what came first, so that no row is more recent than another.
     """
 
     users: IdMap
@@ -31,6 +32,7 @@ class Interactions:
     item_index: npt.NDArray[np.int32]
     time: npt.NDArray[np.int64]
     weight: npt.NDArray[np.float32] | None = None
+    in_order: bool = True
 
     def __len__(self) -> int:
         return len(self.user_index)
@@ -59,8 +61,12 @@ class Interactions:
         if rows.dtype != np.bool_:
             rows = np.sort(rows)
         weight = None if self.weight is None else self.weight[rows]
-        return Interactions(
-            self.users, self.items, self.user_index[rows], self.item_index[rows], self.time[rows], weight
+        return replace(
+            self,
+            user_index=self.user_index[rows],
+            item_index=self.item_index[rows],
+            time=self.time[rows],
+            weight=weight,
         )
 
     def merge(self, other: "Interactions") -> "Interactions":
@@ -70,7 +76,7 @@ class Interactions:
         weight = None
         if self.weight is not None or other.weight is not None:
             weight = np.concatenate([_weights_of(self), _weights_of(other)])
-        return _sorted(
+        merged = _sorted(
             self.users,
             self.items,
             np.concatenate([self.user_index, other.user_index]),
@@ -78,6 +84,7 @@ class Interactions:
             np.concatenate([self.time, other.time]),
             weight,
         )
+        return replace(merged, in_order=self.in_order and other.in_order)
 
     @classmethod
     def from_arrays(

@@ -61,8 +61,8 @@ class Recipe:
     `negatives` sampled items an example, `shared_negatives` one draw for the whole batch; "hard" and "semi_hard"
     choose them from `pool` uniform ones by the model's own scores. `targets` items after a window are learnt at once;
     without a window, that many of a user's items, against the same samples. `batch_size` counts windows, or targets.
-    An example that n of its user's are newer than weighs (1 + n) ** -recency; one of m examples of its user weighs
-    m ** -user_balance.
+    An example that n of its user's are newer than weighs (1 + n) ** -recency, where the data are in order; one of m
+    examples of its user weighs m ** -user_balance.
     With the "cosine" schedule the learning rate falls to nothing over all `epochs`.
     Training stops after `patience` epochs without a better validation, or after `epochs`.
     """
@@ -131,7 +131,6 @@ RECIPES: dict[str, Recipe] = {
         targets=64,
         learning_rate=0.005,
         schedule="cosine",
-        l2=1e-4,
         batch_size=1024,
         epochs=25,
         patience=5,

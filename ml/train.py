@@ -347,6 +347,7 @@ class Examples:
         self.offsets = torch.as_tensor(interactions.offsets, dtype=torch.int64, device=device)
         weights = interactions.weight
         self.weights = None if weights is None else torch.as_tensor(weights, dtype=torch.float32, device=device)
+        recency = recency if interactions.in_order else 0.0
         if recency or user_balance:
             ends = self.offsets[self.users + 1]
             ages = ends - 1 - torch.arange(len(self.users), device=device)

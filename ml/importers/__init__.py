@@ -1,7 +1,7 @@
 """Importers: files of many formats, read as streams of checked events."""
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 
@@ -117,6 +117,7 @@ def load(
     labels = None
     if isinstance(source, Predefined):
         labels = np.searchsorted(source.part_ends(), interactions.time).astype(np.int8)
+        interactions = replace(interactions, in_order=False)  # a given split is seldom one in time
     return Loaded(source, interactions, labels, log.rejected)
 
 

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from datetime import UTC, datetime
 
 import numpy as np
@@ -182,3 +183,8 @@ def test_a_frame_without_its_columns_or_values_is_refused() -> None:
         Interactions.from_frame(pd.DataFrame({"user_id": ["a"], "item_id": ["x"]}))
     with pytest.raises(ValueError, match="missing in the column item_id"):
         Interactions.from_frame(pd.DataFrame({"user_id": ["a"], "item_id": [None], "time": [1]}))
+
+
+def test_rows_stay_without_an_order_when_they_are_chosen_and_merged() -> None:
+    unordered = replace(Interactions.from_arrays(["a", "a"], ["x", "y"]), in_order=False)
+    assert not unordered.select([0]).merge(unordered.select([1])).in_order

@@ -297,6 +297,11 @@ def test_recency_weighs_newer_examples_more() -> None:
     assert weight.flatten().tolist() == pytest.approx([1 / 3, 1 / 2, 1, 1])
 
 
+def test_recency_leaves_data_without_an_order_alone() -> None:
+    data = replace(Interactions.from_arrays(["a", "a"], ["w", "x"]), in_order=False)
+    assert Examples(data, torch.device("cpu"), recency=1.0).weight(torch.arange(2), 1) is None
+
+
 def test_user_balance_weighs_active_users_less() -> None:
     data = replace(Interactions.from_arrays(["a", "a", "b"], ["x", "y", "z"]), weight=np.array([1, 4, 3], np.float32))
     weight = Examples(data, torch.device("cpu"), user_balance=1.0).weight(torch.arange(3), 1)
