@@ -12,7 +12,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -85,7 +85,8 @@ def run_demo(data: Path | None, *, port: int | None, data_dir: Path | None) -> N
     configure_logging(settings)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     engine = create_engine(settings.resolved_database_url)
-    try:
+    # The server returns without an interrupt where the shell that started this had it ignored.
+    with suppress(KeyboardInterrupt):
         migrate(engine)
         _fill(engine, settings, source)
         _train(engine, settings)
@@ -96,11 +97,8 @@ def run_demo(data: Path | None, *, port: int | None, data_dir: Path | None) -> N
         from app import serve  # here, because it loads torch, which what went wrong before need not wait for
 
         serve.run(settings, on_ready=lambda url: _in_background(_welcome, url, key, user, has_model, begun))
-    except KeyboardInterrupt:
-        typer.echo("Stopped. Run the same command again to go on from here.", err=True)
-        raise typer.Exit(130) from None
-    finally:
-        engine.dispose()
+    typer.echo("Stopped. Run the same command again to go on from here.", err=True)
+    raise typer.Exit(130)
 
 
 def _settings(port: int | None, data_dir: Path | None) -> Settings:

@@ -181,7 +181,7 @@ class ObjectStore:
         self.url = url
         self._obstore = obstore
         self._absent = (obstore.exceptions.NotFoundError, FileNotFoundError)
-        self._failure = obstore.exceptions.BaseError
+        self._failure = (obstore.exceptions.BaseError, FileNotFoundError)
         try:
             self._store: Any = obstore.store.from_url(url, retry_config={"retry_timeout": _PATIENCE})
         except obstore.exceptions.BaseError as error:
@@ -190,11 +190,9 @@ class ObjectStore:
 
     @contextlib.contextmanager
     def _reaching(self) -> Iterator[None]:
-        """Turn what keeps a bucket from answering into StoreUnavailable."""
+        """Turn what keeps a bucket from answering into StoreUnavailable; a missing bucket is one such thing."""
         try:
             yield
-        except self._absent:
-            raise
         except self._failure as error:
             reason = str(error).partition("\n")[0]
             raise StoreUnavailable(f"the store {self.url} did not do what was asked: {reason}") from error
@@ -214,19 +212,19 @@ class ObjectStore:
         return True
 
     def _head(self, name: str) -> Any:
-        try:
-            with self._reaching():
+        with self._reaching():
+            try:
                 return self._obstore.head(self._store, check_name(name))
-        except self._absent:
-            raise KeyError(name) from None
+            except self._absent:
+                raise KeyError(name) from None
 
     def get(self, name: str) -> bytes:
         """Read a file."""
-        try:
-            with self._reaching():
+        with self._reaching():
+            try:
                 return bytes(self._obstore.get(self._store, check_name(name)).bytes())
-        except self._absent:
-            raise KeyError(name) from None
+            except self._absent:
+                raise KeyError(name) from None
 
     def local_path(self, name: str, cache_dir: Path) -> Path:
         """Fetch the file to cache_dir unless the same one is there, and return its path."""
@@ -239,12 +237,13 @@ class ObjectStore:
         temporary = cached.parent / f"{_TEMPORARY}{secrets.token_hex(8)}"
         try:
             with temporary.open("xb") as sink, self._reaching():
-                for chunk in self._obstore.get(self._store, name):
-                    sink.write(chunk)
+                try:
+                    for chunk in self._obstore.get(self._store, name):
+                        sink.write(chunk)
+                except self._absent:
+                    raise KeyError(name) from None
             os.utime(temporary, (stamp, stamp))
             temporary.replace(cached)
-        except self._absent:
-            raise KeyError(name) from None
         finally:
             temporary.unlink(missing_ok=True)
         return cached
@@ -269,7 +268,7 @@ class ObjectStore:
 
     def delete(self, name: str) -> None:
         """Remove a file; removing one that is not there is no error."""
-        with contextlib.suppress(*self._absent), self._reaching():
+        with self._reaching(), contextlib.suppress(*self._absent):
             self._obstore.delete(self._store, check_name(name))
 
     def remove_leftovers(self, older_than_seconds: float) -> None:

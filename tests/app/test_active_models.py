@@ -54,6 +54,7 @@ def test_requests_during_swaps_never_fail_and_never_mix(
     versions = {f"v{number}" + "x" * number: [f"{number}-{item}" for item in ITEMS] for number in range(3)}
     for version, items in versions.items():
         publish(version, items)
+    poll(client)
     answers: list[dict[str, Any]] = []
     stop = threading.Event()
 

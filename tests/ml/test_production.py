@@ -319,7 +319,7 @@ def test_the_process_speaks_json_lines_and_dies_with_its_parent(store: FolderSto
     assert lines[0] == {"kind": "phase", "phase": "load"}
     assert lines[-1]["kind"] == "published"
     with subprocess.Popen(
-        [*command, "--set", "epochs=1000000", "--set", "patience=1000000"],
+        [*command, "--set", "epochs=100000", "--set", "patience=100000"],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
     ) as orphan:  # fmt: skip
         assert orphan.stdout is not None
