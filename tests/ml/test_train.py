@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 import torch
 
+from ml.examples import Examples
 from ml.interactions import Interactions
 from ml.models import RankingModel
 from ml.recipes import RECIPES, Recipe, apply_overrides
-from ml.train import Examples, Progress, TrainResult, train
+from ml.train import Progress, TrainResult, train
 
 ROOT = Path(__file__).parents[2]
 # The checkerboard has no order in time, so no example is newer than another.
