@@ -103,3 +103,8 @@ def is_outage(error: BaseException) -> bool:
     if isinstance(error, DBAPIError) and error.connection_invalidated:
         return True
     return isinstance(error, OperationalError | InterfaceError | PoolTimeout)
+
+
+def outage_reason(error: BaseException) -> str:
+    """What the driver said, in one line: that the disk is full, say, or that nobody listens."""
+    return str(getattr(error, "orig", None) or error).partition("\n")[0]

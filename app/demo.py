@@ -22,8 +22,9 @@ from urllib.parse import quote
 import sqlalchemy as sa
 import typer
 from sqlalchemy.engine import Engine
+from sqlalchemy.exc import OperationalError
 
-from app.database import create_engine, writing
+from app.database import create_engine, outage_reason, writing
 from app.embedded_worker import EmbeddedWorker
 from app.importing import figures, import_source, summary
 from app.migrations import migrate
@@ -85,18 +86,21 @@ def run_demo(data: Path | None, *, port: int | None, data_dir: Path | None) -> N
     configure_logging(settings)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     engine = create_engine(settings.resolved_database_url)
-    # The server returns without an interrupt where the shell that started this had it ignored.
-    with suppress(KeyboardInterrupt):
-        migrate(engine)
-        _fill(engine, settings, source)
-        _train(engine, settings)
-        key = _new_key(engine)
-        with engine.connect() as connection:
-            user = connection.execute(sa.select(events.c.user_id).order_by(events.c.position).limit(1)).scalar_one()
-            has_model = active_version(connection) is not None
-        from app import serve  # here, because it loads torch, which what went wrong before need not wait for
+    try:
+        # The server returns without an interrupt where the shell that started this had it ignored.
+        with suppress(KeyboardInterrupt):
+            migrate(engine)
+            _fill(engine, settings, source)
+            _train(engine, settings)
+            key = _new_key(engine)
+            with engine.connect() as connection:
+                user = connection.execute(sa.select(events.c.user_id).order_by(events.c.position).limit(1)).scalar_one()
+                has_model = active_version(connection) is not None
+            from app import serve  # here, because it loads torch, which what went wrong before need not wait for
 
-        serve.run(settings, on_ready=lambda url: _in_background(_welcome, url, key, user, has_model, begun))
+            serve.run(settings, on_ready=lambda url: _in_background(_welcome, url, key, user, has_model, begun))
+    except (OSError, OperationalError, engine.dialect.loaded_dbapi.OperationalError) as error:  # such as a full disk
+        fail(f"{outage_reason(error)}. Run the same command again to go on from here")
     typer.echo("Stopped. Run the same command again to go on from here.", err=True)
     raise typer.Exit(130)
 

@@ -14,7 +14,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from starlette.exceptions import HTTPException
 
-from app.database import is_outage
+from app.database import is_outage, outage_reason
 from app.identifiers import explain
 from ml.store import StoreUnavailable
 
@@ -202,7 +202,8 @@ async def _http(request: Request, error: Exception) -> Response:
 
 async def _database(request: Request, error: Exception) -> Response:
     if is_outage(error):
-        await log.awarning("database unavailable", path=request.url.path, error=type(error).__name__)
+        names = {"error": type(error).__name__, "reason": outage_reason(error)}
+        await log.awarning("database unavailable", path=request.url.path, **names)
         return unavailable().response()
     return await _unexpected(request, error)
 

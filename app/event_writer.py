@@ -5,9 +5,10 @@ and `retracts`. An event that is already stored, by its user and event_id, is le
 """
 
 import io
+import sqlite3
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from datetime import UTC, datetime
 from typing import Any, Protocol
 
@@ -122,7 +123,8 @@ class SqliteWriter:
             ).rowcount
             connection.execute("COMMIT")
         except BaseException:
-            connection.execute("ROLLBACK")
+            if connection.in_transaction:  # on a full disk SQLite has rolled back by itself
+                connection.execute("ROLLBACK")
             raise
         self._adapt(held=time.perf_counter() - began)
         self._users.add(users)
@@ -137,7 +139,9 @@ class SqliteWriter:
             self._connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
 
     def close(self) -> None:
-        self._connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
+        # What cannot be moved out of the log now, as on a full disk, stays in it and is moved later.
+        with suppress(sqlite3.OperationalError):
+            self._connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
         self._connection.close()
 
 

@@ -333,6 +333,7 @@ def import_command(
     from app.settings import Settings
 
     engine = create_engine(Settings().resolved_database_url)
+    failure = engine.dialect.loaded_dbapi.Error  # the bulk writers speak to the driver without SQLAlchemy
     report: ImportReport | None = None
 
     def follow(current: ImportReport, share: float) -> None:
@@ -350,8 +351,9 @@ def import_command(
                 report = import_catalogue(engine, path, kind, rejects=log)
             elif source:
                 report = import_source(engine, source, rejects=log, on_progress=follow)
-    except (ValueError, OSError, DBAPIError) as error:
-        reason = f"the database failed: {error.orig}" if isinstance(error, DBAPIError) else str(error)
+    except (ValueError, OSError, DBAPIError, failure) as error:
+        said = error.orig if isinstance(error, DBAPIError) else error
+        reason = f"the database failed: {said}" if isinstance(said, failure) else str(error)
         typer.echo(f"Error: {reason}", err=True)
         if report is not None:
             typer.echo(f"{report.stored:,} events were stored; the next import of this file adds the others.", err=True)

@@ -10,7 +10,7 @@ from sqlalchemy.engine import Engine
 from sqlalchemy.exc import SQLAlchemyError
 
 from app import migrations
-from app.database import create_engine, is_outage
+from app.database import create_engine, is_outage, outage_reason
 from app.migrations import MigrationError, migrate
 from app.security import KeyRow, NewKey, create_key, list_keys, revoke_key, rotate_key
 from app.settings import Settings
@@ -29,7 +29,7 @@ def _database() -> Iterator[Engine]:
     except SQLAlchemyError as error:
         if not is_outage(error):
             raise
-        fail("the database cannot be reached: check SHORTLIST_DATABASE_URL")
+        fail(f"the database cannot be reached ({outage_reason(error)}): check SHORTLIST_DATABASE_URL")
     finally:
         engine.dispose()
 
@@ -122,7 +122,7 @@ def migrate_command() -> None:
     except SQLAlchemyError as error:
         if not is_outage(error):
             raise
-        fail("the database cannot be reached: check SHORTLIST_DATABASE_URL")
+        fail(f"the database cannot be reached ({outage_reason(error)}): check SHORTLIST_DATABASE_URL")
     finally:
         engine.dispose()
     typer.echo(f"{'Migrated' if changed else 'Already at'} {migrations.head()}.")

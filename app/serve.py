@@ -18,7 +18,7 @@ from fastapi import FastAPI
 from sqlalchemy.exc import SQLAlchemyError
 from uvicorn.supervisors import Multiprocess
 
-from app.database import create_engine, is_outage
+from app.database import create_engine, is_outage, outage_reason
 from app.embedded_worker import EmbeddedWorker
 from app.main import create_app
 from app.migrations import MigrationError, migrate
@@ -52,7 +52,8 @@ def serve_command(
     except SQLAlchemyError as error:
         if not is_outage(error):
             raise
-        typer.echo("shortlist serve: the database cannot be reached: check SHORTLIST_DATABASE_URL", err=True)
+        reason = f"the database cannot be reached or written ({outage_reason(error)})"
+        typer.echo(f"shortlist serve: {reason}: check SHORTLIST_DATABASE_URL and the space on its disk", err=True)
         raise typer.Exit(1) from None
     with suppress(KeyboardInterrupt):
         run(settings)

@@ -21,6 +21,11 @@ def save_checkpoint(path: Path, fingerprint: str, state: dict[str, Any]) -> None
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
+    except RuntimeError as error:
+        # On a full disk PyTorch fails once more as it closes its archive, which hides the reason.
+        if not isinstance(error.__context__, OSError):
+            raise
+        raise OSError(error.__context__.errno, error.__context__.strerror, str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -131,11 +131,14 @@ class Workspace:
         if self._folder is None:
             return
         temporary = self._folder / f"finished.json.{os.getpid()}.temporary"  # several may use one folder
-        with temporary.open("wb") as file:
-            file.write(json.dumps(self._finished, allow_nan=False).encode())
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(self._folder / "finished.json")
+        try:
+            with temporary.open("wb") as file:
+                file.write(json.dumps(self._finished, allow_nan=False).encode())
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(self._folder / "finished.json")
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def produce(training: Training, store_url: str, checkpoint_dir: Path | None, report: Reporter) -> Manifest:

@@ -153,7 +153,10 @@ class Registry:
         files = {}
         with tempfile.TemporaryDirectory(prefix="shortlist-publish-") as folder:
             paths = {key: Path(folder) / f"{key}.{suffix}" for key, suffix in _FILES.items()}
-            save_file(weights, paths["model"])
+            try:
+                save_file(weights, paths["model"])
+            except SafetensorError as error:
+                raise OSError(f"the weights cannot be written to {folder}: {error}") from error
             recommender.users.save(paths["users"])
             recommender.items.save(paths["items"])
             for key, path in paths.items():

@@ -97,6 +97,10 @@ class FolderStore:
                 sink.flush()
                 os.fsync(sink.fileno())
             yield temporary
+        except OSError as error:
+            if error.filename is None:  # as on a full disk
+                error.filename = str(target)
+            raise
         finally:
             temporary.unlink(missing_ok=True)
 

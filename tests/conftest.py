@@ -1,10 +1,12 @@
 """What every test may use: databases of both kinds, each test with its own, brought to the newest tables."""
 
 import fcntl
+import resource
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from uuid import uuid4
 
@@ -15,6 +17,22 @@ from sqlalchemy.engine import URL, Engine, make_url
 from app.database import create_engine
 from app.migrations import migrate
 from app.tables import metadata
+
+
+@pytest.fixture
+def full_disk() -> Callable[[int], AbstractContextManager[None]]:
+    """`with full_disk(1000):` refuses every byte beyond the first thousand of a file, as a full disk does."""
+
+    @contextmanager
+    def limit(size: int) -> Iterator[None]:
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    return limit
 
 
 @pytest.fixture(scope="session")

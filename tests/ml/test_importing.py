@@ -1,4 +1,6 @@
 import json
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -36,6 +38,22 @@ def test_simulated_files_become_a_snapshot_twice_the_same(tmp_path: Path) -> Non
     interactions = Interactions.from_events(read_parts(store, snapshot), snapshot.meanings)
     assert (len(interactions), interactions.num_users) == (900, 50)
     assert first["snapshot"] in run("import", "--data", tmp_path / "data", "--store", tmp_path / "store")
+
+
+def test_a_full_disk_leaves_no_snapshot(
+    tmp_path: Path, full_disk: Callable[[int], AbstractContextManager[None]]
+) -> None:
+    data, store = tmp_path / "events.csv", tmp_path / "store"
+    data.write_text("\n".join(["user_id,item_id", *(f"user-{row % 50},item-{row}" for row in range(900))]))
+    arguments = ["import", "--data", str(data), "--store", str(store), "--json"]
+    with full_disk(1_000):
+        refused = CliRunner().invoke(app, arguments)
+    assert refused.exit_code == 2
+    _, error = refused.stderr.splitlines()
+    assert error.startswith("error: [Errno")
+    assert "/parts/" in error
+    assert not [file for file in store.rglob("*") if file.is_file()]
+    assert json.loads(run(*arguments))["events"] == 900
 
 
 def test_named_columns_and_rejects(tmp_path: Path) -> None:

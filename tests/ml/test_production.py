@@ -1,13 +1,17 @@
 import json
 import subprocess
 import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 
+from ml.checkpoint import load_checkpoint, save_checkpoint
 from ml.production import Reporter, Training, produce, run_command
 from ml.recipes import apply_overrides, recipe_named
 from ml.registry import Registry, VersionDamaged
@@ -330,3 +334,43 @@ def test_the_process_speaks_json_lines_and_dies_with_its_parent(store: FolderSto
         orphan.stdin.close()
         orphan.stdout.read()
         assert orphan.wait() == 3
+
+
+@pytest.mark.parametrize("checkpoints", [True, False], ids=["checkpoint", "publish"])
+def test_a_full_disk_leaves_no_version(
+    store: FolderStore,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    full_disk: Callable[[int], AbstractContextManager[None]],
+    checkpoints: bool,
+) -> None:
+    snapshot = snapshot_of(store, events())
+    values = {"version": "v1", "checkpoint_dir": tmp_path / "work" if checkpoints else None, "as_json": False}
+    settings = [f"{key}={value}" for key, value in (SETTINGS | {"epochs": "1"}).items()]
+
+    def train() -> int:
+        return run(store, snapshot, "neumf", settings=settings, **values)
+
+    with full_disk(4_000):
+        assert train() == 2
+    written = capsys.readouterr()
+    errors = [line for line in (written.out + written.err).splitlines() if "rror" in line]
+    assert len(errors) == 1
+    assert errors[0].startswith("error: ")
+    assert "File too large" in errors[0]
+    assert Registry(store).names() == []
+    assert not [file for file in tmp_path.rglob("*") if "temporary" in file.name or file.suffix == ".tmp"]
+
+    assert train() == 0
+    assert Registry(store).load("v1")[1].version == "v1"
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(
+    tmp_path: Path, full_disk: Callable[[int], AbstractContextManager[None]]
+) -> None:
+    path = tmp_path / "fit.checkpoint"
+    save_checkpoint(path, "this", {"epoch": 1})
+    with full_disk(200_000), pytest.raises(OSError, match=r"File too large: '.*fit\.checkpoint'"):
+        save_checkpoint(path, "this", {"epoch": 2, "weights": torch.zeros(100_000)})
+    assert load_checkpoint(path, "this") == {"epoch": 1}
+    assert [file.name for file in tmp_path.iterdir()] == ["fit.checkpoint"]
