@@ -15,6 +15,8 @@ from app.training.runs import Promote, database_now
 # Activations follow one another: on PostgreSQL this lock makes them wait, on SQLite the write lock does.
 ACTIVATION_LOCK = 7_305_140_201
 GUARDED_METRIC = "ndcg@10"
+# On fewer, the difference of two versions is chance: one click after a training must not decide.
+MINIMUM_COMPARED = 50
 
 
 class NothingToRollBackTo(ValueError):  # noqa: N818
@@ -75,11 +77,15 @@ def decide(
         where = "on the same hold-out"
     elif name != active_at_start:
         return Decision(False, f"not promoted: {name} became active meanwhile, and the two were not compared")
-    elif compared is not None and compared["version"] == name and compared["interactions"]:
+    elif compared is not None and compared["version"] == name and compared["interactions"] >= MINIMUM_COMPARED:
         own, other = _number(compared["this"]), _number(compared["that"])
         where = f"on {compared['interactions']} interactions that it has not trained on"
     else:
-        unfair = f"not compared with the active {name}, which has trained on the hold-out or does not load"
+        fresh = 0 if compared is None else compared["interactions"]
+        unfair = (
+            f"not compared with the active {name}, which does not load or has trained on all but {fresh} interactions "
+            f"of the hold-out ({MINIMUM_COMPARED} are needed)"
+        )
         return Decision(True, f"promoted: {beats_popularity}; {unfair}")
     if own is None or other is None:
         return Decision(False, f"not promoted: its nDCG@10 and that of the active {name} are not both known")

@@ -55,8 +55,16 @@ def compared(this: float, that: float, version: str = "old", interactions: int =
         # Another hold-out: what the training measured of both.
         ("guarded", manifest(), manifest("old", 0.9, snapshot="t"), compared(0.2, 0.2), True, "on 50 interactions"),
         ("guarded", manifest(), manifest("old", 0.0, snapshot="t"), compared(0.2, 0.21), False, "on 50 interactions"),
-        ("guarded", manifest(), manifest("old", 0.9, snapshot="t"), None, True, "has trained on the hold-out"),
-        ("guarded", manifest(), manifest("old", 0.9, snapshot="t"), compared(0, 1, interactions=0), True, "trained on"),
+        ("guarded", manifest(), manifest("old", 0.9, snapshot="t"), None, True, "all but 0"),
+        ("guarded", manifest(), manifest("old", 0.9, snapshot="t"), compared(0, 1, interactions=0), True, "all but 0"),
+        (
+            "guarded",
+            manifest(),
+            manifest("old", 0.9, snapshot="t"),
+            compared(0, 1, interactions=49),
+            True,
+            "all but 49",
+        ),
         ("guarded", manifest(), manifest("other", 0.1, snapshot="t"), compared(0.9, 0.1), False, "became active"),
         ("guarded", manifest(), manifest("other", 0.1), compared(0.9, 0.1), True, "on the same hold-out"),
     ],
