@@ -160,9 +160,9 @@ def test_a_run_of_a_killed_worker_goes_on_from_its_checkpoint(
     done = read(engine, run)
     assert (done.state, done.worker, done.attempts, done.epoch) == ("succeeded", "second", 2, 2), done.message
     assert version_states(engine) == {f"caser-{run.run_id}-2": "active"}
-    # It goes on after the last epoch that the first worker told of, or the one after, if that was saved but not told.
+    # It goes on where the checkpoint is: not before the last epoch told of, and later where telling lagged behind.
     second_attempt = fitted_epochs(engine, run)[told_by_first:]
-    assert second_attempt[0] in (told_by_first, told_by_first + 1, told_by_first + 2)
+    assert second_attempt[0] >= told_by_first >= 3
     assert second_attempt == list(range(second_attempt[0], 41))
     assert not (settings.runs_dir / run.run_id).exists()
 
