@@ -164,7 +164,7 @@ def test_a_run_of_a_killed_worker_goes_on_from_its_checkpoint(
     second_attempt = fitted_epochs(engine, run)[told_by_first:]
     assert second_attempt[0] >= told_by_first >= 3
     assert second_attempt == list(range(second_attempt[0], 41))
-    assert not (settings.runs_dir / run.run_id).exists()
+    eventually(lambda: not (settings.runs_dir / run.run_id).exists(), "the removal of its checkpoints")
 
 
 def test_a_paused_worker_can_neither_publish_nor_promote(
