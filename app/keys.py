@@ -19,11 +19,11 @@ from app.times import rfc3339
 
 
 @contextmanager
-def _database() -> Iterator[Engine]:
+def _database() -> Iterator[tuple[Engine, bool]]:
+    """The engine, brought to this release, and whether that changed anything."""
     engine = create_engine(Settings().resolved_database_url)
     try:
-        migrate(engine)
-        yield engine
+        yield engine, migrate(engine)
     except MigrationError as error:
         fail(str(error))
     except SQLAlchemyError as error:
@@ -38,7 +38,7 @@ def keys_create_command(name: str, *, scopes: Sequence[str], expires_days: float
     """Make a key. It goes to standard output alone, so that `KEY=$(shortlist keys create …)` holds it."""
     try:
         expires_in = timedelta(days=expires_days) if expires_days is not None else None
-        with _database() as engine:
+        with _database() as (engine, _):
             key = create_key(engine, name, scopes, expires_in=expires_in)
     except (ValueError, OverflowError) as error:
         fail(str(error))
@@ -49,7 +49,7 @@ def keys_rotate_command(key_id: str, *, grace_hours: float, as_json: bool) -> No
     """Make a key like an old one, which works on for a while."""
     if not 0 <= grace_hours <= 24 * 365:
         fail("--grace-hours must be between 0 and 8760")
-    with _database() as engine:
+    with _database() as (engine, _):
         try:
             new = rotate_key(engine, key_id, grace=timedelta(hours=grace_hours))
         except KeyError:
@@ -69,7 +69,7 @@ def _show_new(key: NewKey, scopes: Sequence[str], as_json: bool) -> None:
 
 def keys_revoke_command(key_id: str) -> None:
     """Revoke a key."""
-    with _database() as engine:
+    with _database() as (engine, _):
         if not revoke_key(engine, key_id):
             fail(f"no key {key_id} can be used; `shortlist keys list` shows them all")
     seconds = Settings().key_cache_seconds
@@ -84,7 +84,7 @@ def _state(row: KeyRow) -> str:
 
 def keys_list_command(*, as_json: bool) -> None:
     """List the keys; their secrets are not kept anywhere."""
-    with _database() as engine:
+    with _database() as (engine, _):
         rows = list_keys(engine)
     shown = [
         {
@@ -114,15 +114,5 @@ def keys_list_command(*, as_json: bool) -> None:
 
 def migrate_command() -> None:
     """Bring the database to the tables of this release."""
-    engine = create_engine(Settings().resolved_database_url)
-    try:
-        changed = migrate(engine)
-    except MigrationError as error:
-        fail(str(error))
-    except SQLAlchemyError as error:
-        if not is_outage(error):
-            raise
-        fail(f"the database cannot be reached ({outage_reason(error)}): check SHORTLIST_DATABASE_URL")
-    finally:
-        engine.dispose()
-    typer.echo(f"{'Migrated' if changed else 'Already at'} {migrations.head()}.")
+    with _database() as (_, changed):
+        typer.echo(f"{'Migrated' if changed else 'Already at'} {migrations.head()}.")
