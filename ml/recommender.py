@@ -127,22 +127,42 @@ class Recommender:
         """Whether a user the model was not trained on can be ranked for from the history alone."""
         return bool(self.model.folds_in)
 
-    def scores(self, user_index: AnyIndices, windows: Indices) -> Tensor:
-        """Score the whole catalogue: float32 (batch, num_items), for the caller to change within inference mode.
+    def encode(self, user_index: AnyIndices, histories: Sequence[AnyIndices]) -> Tensor:
+        """Compute what the model knows of each user, (batch, width), for `top` and `score_items`.
 
+        `histories` are item indices, oldest first; negative ones (items the model does not know) are passed over.
         `user_index` -1 is a user unknown to the model; ValueError unless the model folds in.
         """
-        users = np.asarray(user_index, np.int64)
-        if len(users) and users.min() < 0:
-            if not self.folds_in:
-                raise ValueError("this model cannot rank for a user it was not trained on")
-            users = np.where(users < 0, self.num_users, users)
+        return self._encode(user_index, windows_from_histories(histories, self.window_length, self.num_items))
+
+    def top(
+        self,
+        encoded: Tensor,
+        excluded: Sequence[AnyIndices],
+        k: int,
+        allowed: npt.NDArray[np.bool_] | None = None,
+    ) -> tuple[Indices, npt.NDArray[np.float32]]:
+        """Choose the k best items for each encoded user, best first, the lower index first where scores tie.
+
+        `excluded` are item indices never returned; `allowed` (num_items,) limits the catalogue. Items are -1 and scores
+        minus infinity where fewer than k remain. Returns items (batch, k) and scores (batch, k).
+        """
+        if k < 1:
+            raise ValueError("k must be at least 1")
         with torch.inference_mode():
-            scores = self.model.score_catalogue(
-                torch.from_numpy(users).to(self.device), torch.from_numpy(windows).to(self.device)
-            )
-            # An expanded row (popularity) must not be written to.
-            return scores.float().contiguous() if scores.stride(0) else scores.float().clone()
+            scores = self._all_scores(encoded)
+            for row, items in enumerate(excluded):
+                out = np.asarray(items, np.int64)
+                if len(out):
+                    scores[row, torch.from_numpy(out[out >= 0]).to(self.device)] = _NEVER
+            if allowed is not None:
+                scores.masked_fill_(torch.from_numpy(~allowed).to(self.device), _NEVER)
+            values, indices = best(scores, k)
+            chosen = np.full((len(encoded), k), UNKNOWN, np.int64)
+            kept = np.full((len(encoded), k), _NEVER, np.float32)
+            chosen[:, : indices.shape[1]] = indices.cpu().numpy()
+            kept[:, : values.shape[1]] = values.cpu().numpy()
+            return chosen, kept
 
     def top_k(
         self,
@@ -152,26 +172,41 @@ class Recommender:
         k: int,
         allowed: npt.NDArray[np.bool_] | None = None,
     ) -> tuple[Indices, npt.NDArray[np.float32]]:
-        """Choose the k best items for each user, best first, the lower index first where scores tie.
+        """Choose the k best items for each user: `top` of what `encode` gives."""
+        return self.top(self.encode(user_index, histories), excluded, k, allowed)
 
-        `histories` are item indices, oldest first; `excluded` are never returned; `allowed` (num_items,) limits the
-        catalogue. Items are -1 and scores minus infinity where fewer than k remain. Negative item indices (items the
-        model does not know) are passed over. Returns items (batch, k) and scores (batch, k).
-        """
-        if k < 1:
-            raise ValueError("k must be at least 1")
+    def score_items(self, encoded: Tensor, items: AnyIndices) -> npt.NDArray[np.float32]:
+        """Score `items` (batch, n) for encoded users: (batch, n); minus infinity where an item is negative."""
+        asked = np.asarray(items, np.int64)
         with torch.inference_mode():
-            windows = windows_from_histories(histories, self.window_length, self.num_items)
-            scores = self.scores(user_index, windows)
-            for row, items in enumerate(excluded):
-                out = np.asarray(items, np.int64)
-                if len(out):
-                    scores[row, torch.from_numpy(out[out >= 0]).to(self.device)] = _NEVER
-            if allowed is not None:
-                scores.masked_fill_(torch.from_numpy(~allowed).to(self.device), _NEVER)
-            values, indices = best(scores, k)
-            items = np.full((len(histories), k), UNKNOWN, np.int64)
-            kept = np.full((len(histories), k), _NEVER, np.float32)
-            items[:, : indices.shape[1]] = indices.cpu().numpy()
-            kept[:, : values.shape[1]] = values.cpu().numpy()
-            return items, kept
+            scores = self.model.score(encoded, torch.from_numpy(np.maximum(asked, 0)).to(self.device))
+            return np.where(asked < 0, np.float32(_NEVER), scores.float().cpu().numpy())
+
+    def item_vectors(self, items: AnyIndices) -> npt.NDArray[np.float32]:
+        """Vectors (n, d) of `items` (n,) whose cosine says how alike they are; ValueError for popularity."""
+        with torch.inference_mode():
+            indices = torch.from_numpy(np.asarray(items, np.int64)).to(self.device)
+            vectors: npt.NDArray[np.float32] = self.model.item_vectors(indices).float().cpu().numpy()
+            return vectors
+
+    def scores(self, user_index: AnyIndices, windows: Indices) -> Tensor:
+        """Score the whole catalogue: float32 (batch, num_items), for the caller to change within inference mode."""
+        with torch.inference_mode():
+            return self._all_scores(self._encode(user_index, windows))
+
+    def _encode(self, user_index: AnyIndices, windows: Indices) -> Tensor:
+        users = np.asarray(user_index, np.int64)
+        if len(users) and users.min() < 0:
+            if not self.folds_in:
+                raise ValueError("this model cannot rank for a user it was not trained on")
+            users = np.where(users < 0, self.num_users, users)
+        with torch.inference_mode():
+            encoded: Tensor = self.model.encode(
+                torch.from_numpy(users).to(self.device), torch.from_numpy(windows).to(self.device)
+            )
+            return encoded
+
+    def _all_scores(self, encoded: Tensor) -> Tensor:
+        scores: Tensor = self.model.score_all(encoded)
+        # An expanded row (popularity) must not be written to.
+        return scores.float().contiguous() if scores.stride(0) else scores.float().clone()

@@ -92,6 +92,9 @@ class Caser(RankingModel):
     def vectors(self, users: Tensor, windows: Tensor, items: Tensor) -> tuple[Tensor, Tensor]:
         return self.encode(users, windows), self._targets(items)
 
+    def item_vectors(self, items: Tensor) -> Tensor:
+        return self._targets(items)
+
     def _targets(self, items: Tensor) -> Tensor:
         table = self.window_factors if self.item_factors is None else self.item_factors
         vectors: Tensor = table(items)

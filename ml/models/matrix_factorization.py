@@ -48,3 +48,7 @@ class MatrixFactorization(RankingModel):
 
     def vectors(self, users: Tensor, windows: Tensor, items: Tensor) -> tuple[Tensor, Tensor]:
         return self.encode(users, windows), self.item_factors(items)
+
+    def item_vectors(self, items: Tensor) -> Tensor:
+        vectors: Tensor = self.item_factors(items)
+        return vectors

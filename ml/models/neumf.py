@@ -84,13 +84,17 @@ class NeuMF(RankingModel):
             hidden = self.dropout(functional.relu(layer(hidden)))
         return hidden @ self.tower_weights
 
-    def score_catalogue(self, users: Tensor, windows: Tensor) -> Tensor:
+    def item_vectors(self, items: Tensor) -> Tensor:
+        """An item's weighted factors beside its tower embedding."""
+        return torch.cat((self.item_factors(items) * self.factor_weights, self.item_tower(items)), 1)
+
+    def score_all(self, encoded: Tensor) -> Tensor:
         if self.training or torch.is_grad_enabled():
-            return super().score_catalogue(users, windows)
-        if self._item_share is None or self._item_share.device != users.device:
+            return super().score_all(encoded)
+        if self._item_share is None or self._item_share.device != encoded.device:
             # The items' share of the first layer is the same for every user: computed once, until weights may change.
             self._item_share = self.item_layer(self.item_tower.weight)
-        width, encoded = len(self.factor_weights), self.encode(users, windows)
+        width = len(self.factor_weights)
         factors, user_share = encoded[:, :width], encoded[:, width:]
         scores = factors @ self.item_factors.weight.T
         if self.item_bias is not None:
@@ -99,7 +103,7 @@ class NeuMF(RankingModel):
         wide = min(self.num_items, block)
         for first in range(0, self.num_items, wide):
             item_share = self._item_share[first : first + wide]
-            for row in range(0, len(users), step := max(1, block // wide)):
+            for row in range(0, len(encoded), step := max(1, block // wide)):
                 rows = slice(row, row + step)
                 scores[rows, first : first + wide] += self._tower(user_share[rows], item_share)
         return scores

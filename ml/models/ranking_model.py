@@ -45,7 +45,15 @@ class RankingModel(nn.Module):
 
     def score_catalogue(self, users: Tensor, windows: Tensor) -> Tensor:
         """Score every item: (batch, num_items) raw scores."""
-        return self.forward(users, windows, torch.arange(self.num_items, device=users.device))
+        return self.score_all(self.encode(users, windows))
+
+    def score_all(self, encoded: Tensor) -> Tensor:
+        """Score every item for encoded users: (batch, num_items) raw scores."""
+        return self.score(encoded, torch.arange(self.num_items, device=encoded.device))
+
+    def item_vectors(self, items: Tensor) -> Tensor:  # noqa: ARG002
+        """Vectors (n, d) of `items` (n,) whose cosine says how alike items are."""
+        raise ValueError(f"{type(self).__name__} does not know which items are alike: use another model")
 
     def vectors(self, users: Tensor, windows: Tensor, items: Tensor) -> tuple[Tensor, Tensor]:  # noqa: ARG002
         """What the scores compare: user vectors (batch, d) and item vectors (batch, n, d), or (n, d) if shared."""

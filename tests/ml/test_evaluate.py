@@ -18,8 +18,11 @@ class Table(RankingModel):
         super().__init__(*table.shape, PopularityConfig())
         self.register_buffer("table", torch.from_numpy(table.astype(np.float32)))
 
-    def score_catalogue(self, users: Tensor, windows: Tensor) -> Tensor:
+    def encode(self, users: Tensor, windows: Tensor) -> Tensor:
         return self.table[users]
+
+    def score(self, encoded: Tensor, items: Tensor) -> Tensor:
+        return encoded[:, items]
 
 
 def generated(seed: int = 0, users: int = 30, items: int = 40, size: int = 500) -> Interactions:

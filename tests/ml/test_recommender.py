@@ -18,8 +18,11 @@ class Fixed(RankingModel):
         super().__init__(len(scores), len(scores[0]), PopularityConfig())
         self.register_buffer("table", torch.tensor(scores))
 
-    def score_catalogue(self, users: Tensor, windows: Tensor) -> Tensor:
+    def encode(self, users: Tensor, windows: Tensor) -> Tensor:
         return self.table[users]
+
+    def score(self, encoded: Tensor, items: Tensor) -> Tensor:
+        return encoded[:, items]
 
 
 def ids(count: int, letter: str) -> IdMap:
@@ -119,6 +122,34 @@ def test_a_batch_ranks_as_its_users_do_alone_in_any_thread(name: str) -> None:
         for user, (items, own) in enumerate(threads.map(alone, list(range(20)) * 5)):
             np.testing.assert_allclose(own[0], scores[user % 20], rtol=1e-4, atol=1e-6)
             assert not set(items[0]) & set(histories[user % 20])
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_what_encode_knows_scores_and_ranks(name: str) -> None:
+    torch.manual_seed(0)
+    recommender = Recommender(build_model(name, 4, 9), ids(4, "u"), ids(9, "i"))
+    histories = [[1, 2], [], [8, -1, 3], [5]]
+    encoded = recommender.encode(range(4), histories)
+    items, scores = recommender.top(encoded, [[0], [], [1, 2], []], 4)
+    expected = recommender.top_k(range(4), histories, [[0], [], [1, 2], []], 4)
+    assert np.array_equal(items, expected[0])
+    assert np.array_equal(scores, expected[1])
+    np.testing.assert_allclose(recommender.score_items(encoded, items), scores, rtol=1e-5, atol=1e-7)
+    assert recommender.score_items(encoded[:1], [[-1, 2]])[0, 0] == -np.inf
+
+
+def test_item_vectors_say_which_items_are_alike() -> None:
+    for name in ("caser", "neumf", "matrix_factorization"):
+        recommender = Recommender(build_model(name, 3, 6), ids(3, "u"), ids(6, "i"))
+        for table, weight in recommender.model.state_dict().items():
+            if table in recommender.model.item_tables:
+                weight[4] = 2 * weight[1]
+        first, second, other = recommender.item_vectors([1, 4, 2])
+        cosine = first @ second / np.linalg.norm(first) / np.linalg.norm(second)
+        assert cosine == pytest.approx(1)
+        assert first @ other < 0.99 * np.linalg.norm(first) * np.linalg.norm(other)
+    with pytest.raises(ValueError, match="alike"):
+        Recommender(build_model("popularity", 2, 4), ids(2, "u"), ids(4, "i")).item_vectors([1])
 
 
 def test_best_of_nothing_and_of_one() -> None:
