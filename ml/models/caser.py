@@ -9,7 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ml.models.ranking_model import RankingModel, embedding, negative_distances, pair_scores
+from ml.models.ranking_model import Dropout, RankingModel, embedding, negative_distances, pair_scores
+
+# Windows up to this length train with the filters laid out in one product: 16 MiB of weights at 16 filters of width 64.
+LAID_OUT_LENGTH = 20
 
 
 @dataclass(frozen=True)
@@ -71,8 +74,8 @@ class Caser(RankingModel):
         self.straight = nn.Linear(length, 1, bias=False) if config.shared_items else None
         if self.straight is not None:
             nn.init.constant_(self.straight.weight, 1 / length)
-        self.dropout = nn.Dropout(config.dropout)
-        self.embedding_dropout = nn.Dropout(config.embedding_dropout)
+        self.dropout = Dropout(config.dropout)
+        self.embedding_dropout = Dropout(config.embedding_dropout)
         self.compare = pair_scores if config.similarity == "dot" else negative_distances
 
     def encode(self, users: Tensor, windows: Tensor) -> Tensor:
@@ -102,10 +105,32 @@ class Caser(RankingModel):
 
     def _convolve(self, images: Tensor) -> Tensor:
         """The sequence vector z, (batch, width), of the windows' embeddings."""
-        flat, width = images.flatten(1), images.shape[2]
-        features = []
-        for height, layer in enumerate(self.horizontal, start=1):
-            slices = flat.unfold(1, height * width, width)  # (batch, length - height + 1, height * width)
-            features.append(functional.relu(layer(slices)).amax(1))
+        # Laid out, filters train faster; their weights grow with the fourth power of the window, and for a few windows
+        # laying them out costs more than it saves.
+        is_product = torch.is_grad_enabled() and images.shape[1] <= LAID_OUT_LENGTH
+        sums = self._filtered_in_one_product(images) if is_product else self._filtered(images)
+        features = [
+            functional.relu(values.amax(1) + layer.get_parameter("bias"))
+            for layer, values in zip(self.horizontal, sums, strict=True)
+        ]
         features.append(self.vertical(images.transpose(1, 2)).flatten(1))
         return functional.relu(self.fused(self.dropout(torch.cat(features, 1))))
+
+    def _filtered(self, images: Tensor) -> list[Tensor]:
+        """The filters' sums at every place, for each height (batch, length - height + 1, filters)."""
+        flat, width = images.flatten(1), images.shape[2]
+        return [
+            functional.linear(flat.unfold(1, height * width, width), layer.get_parameter("weight"))
+            for height, layer in enumerate(self.horizontal, start=1)
+        ]
+
+    def _filtered_in_one_product(self, images: Tensor) -> tuple[Tensor, ...]:
+        """The same, with each filter's weights at every place it can take side by side."""
+        flat, length, width = images.flatten(1), images.shape[1], images.shape[2]
+        placed = [
+            functional.pad(layer.get_parameter("weight"), (place * width, (length - height - place) * width))
+            for height, layer in enumerate(self.horizontal, start=1)
+            for place in range(length - height + 1)
+        ]
+        sums = (flat @ torch.cat(placed).T).view(len(flat), len(placed), self.config.horizontal_filters)
+        return torch.split_with_sizes(sums, list(range(length, 0, -1)), 1)

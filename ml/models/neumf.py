@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ml.models.ranking_model import RankingModel, embedding, pair_scores
+from ml.models.ranking_model import Dropout, RankingModel, embedding, pair_scores
 
 # Scores held at once while the tower ranks the catalogue: about what stays in a core's cache, or fills a GPU.
 CPU_BLOCK = 4096
@@ -54,8 +54,8 @@ class NeuMF(RankingModel):
         self.user_layer = nn.Linear(tower, config.hidden[0])
         self.item_layer = nn.Linear(tower, config.hidden[0], bias=False)
         self.deeper_layers = nn.ModuleList(nn.Linear(inner, outer) for inner, outer in pairwise(config.hidden))
-        self.dropout = nn.Dropout(config.dropout)
-        self.embedding_dropout = nn.Dropout(config.embedding_dropout)
+        self.dropout = Dropout(config.dropout)
+        self.embedding_dropout = Dropout(config.embedding_dropout)
         self.factor_weights = nn.Parameter(torch.ones(config.factors))
         self.tower_weights = nn.Parameter(torch.empty(config.hidden[-1]))
         for layer in (self.user_layer, self.item_layer, *self.deeper_layers):

@@ -63,6 +63,21 @@ class RankingModel(nn.Module):
         )
 
 
+class Dropout(nn.Dropout):
+    """Dropout whose chances are, on a CPU, multiples of 1 / 256: eight masks from one random word.
+
+    What is kept is scaled by the chance that it really had, so the mean is that of the input.
+    """
+
+    def forward(self, values: Tensor) -> Tensor:
+        threshold = min(255, round(256 * self.p))
+        if values.device.type != "cpu" or not self.training or not threshold:
+            return super().forward(values)
+        words = torch.empty(-(-values.numel() // 8), dtype=torch.int64).random_(-(2**63), None)
+        kept = (words.view(torch.uint8)[: values.numel()] >= threshold).view(values.shape)
+        return values * kept.to(values.dtype).mul_(256 / (256 - threshold))
+
+
 def embedding(rows: int, width: int, scale: float, *, padded: bool = False) -> nn.Embedding:
     """A table with small normal rows whose gradient holds only the rows that were read; a last row of zeros if padded.
 

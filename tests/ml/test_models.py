@@ -20,6 +20,7 @@ from ml.models import (
     build_model,
     grown_from,
 )
+from ml.models.ranking_model import Dropout
 
 NUM_USERS, NUM_ITEMS = 5, 40
 SMALL: dict[str, dict[str, object]] = {
@@ -168,6 +169,28 @@ def test_caser_is_the_convolutions_of_the_paper(is_shared: bool) -> None:
         expected = weights["item_factors.weight"][item] @ torch.cat((z, own))
     expected = expected + weights["item_bias.weight"][item, 0]
     assert model(tensor([user]), window, tensor([[item]])).item() == pytest.approx(expected.item(), abs=1e-3)
+
+
+@pytest.mark.parametrize("length", [1, 2, 7])
+def test_caser_sums_its_filters_alike_in_training_and_ranking(length: int) -> None:
+    model = Caser(3, 9, CaserConfig(factors=4, window_length=length, horizontal_filters=3)).eval()
+    users, windows = tensor([0, 2, 1]), torch.randint(10, (3, length))
+    trained = model.encode(users, windows)
+    with torch.no_grad():
+        assert torch.allclose(model.encode(users, windows), trained.detach(), atol=1e-7)
+
+
+@pytest.mark.parametrize("share", [0.001, 0.3, 0.9])
+def test_dropout_drops_its_share_and_keeps_the_mean(share: float) -> None:
+    torch.manual_seed(0)
+    dropout, values = Dropout(share), torch.ones(1001, 77, requires_grad=True)
+    dropped = dropout(values)
+    dropped.sum().backward()
+    assert float((dropped == 0).float().mean()) == pytest.approx(share, abs=0.005)
+    assert float(dropped.detach().mean()) == pytest.approx(1, abs=0.1)
+    assert values.grad is not None
+    assert torch.equal(values.grad, dropped.detach())
+    assert torch.equal(dropout.eval()(values), values)
 
 
 def test_caser_ranks_an_unknown_user_from_the_window() -> None:
