@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from app.errors import responses
 from app.routes.recommendations import InCategory, K
 from app.security import Recommend
+from app.serving.filters import in_category
 from app.serving.service import ServiceDep
 
 router = APIRouter(tags=["recommendations"])
@@ -40,7 +41,7 @@ class PopularItems(BaseModel):
 @router.get("/popular", summary="What most people choose", responses=responses(401, 403, 422, 503))
 def popular(parameters: Annotated[PopularParameters, Query()], service: ServiceDep, _: Recommend) -> PopularItems:
     """Counts follow the events within `model_poll_seconds`; hidden and deleted items leave at once."""
-    ranked = islice(service.popularity.ranked(parameters.category), parameters.k)
+    ranked = islice(service.popularity.ranked(in_category(parameters.category)), parameters.k)
     return PopularItems(
         items=[PopularItem(item_id=item_id, score=count, rank=rank) for rank, (item_id, count) in enumerate(ranked, 1)]
     )

@@ -10,6 +10,7 @@ from app.errors import responses
 from app.identifiers import Category, ItemId, UserId
 from app.security import Recommend
 from app.serving import ranking
+from app.serving.filters import EVERY_CATEGORY, CategoryFilter
 from app.serving.service import Service, ServiceDep
 
 router = APIRouter(tags=["recommendations"])
@@ -18,33 +19,48 @@ MAX_K = 1_000
 # A URL has no room for more; a body has.
 MAX_EXCLUDE_IN_URL = 500
 MAX_EXCLUDE = 10_000
+MAX_CATEGORIES = 50
 
 K = Annotated[int, Field(ge=1, le=MAX_K, description="How many items at most.")]
 InCategory = Annotated[Category | None, Field(description="Only items of this category.")]
+Categories = Annotated[list[Category], Field(max_length=MAX_CATEGORIES)]
 IncludeSeen = Annotated[bool, Field(description="Whether items that the user has interacted with may come again.")]
 UserPath = Annotated[UserId, Path(description="The caller's id of the user; one nobody has seen gets popular items.")]
 
 
-class RecommendationParameters(BaseModel):
-    """What a GET takes."""
+class CategoryParameters(BaseModel):
+    """Filters by category, wherever items are asked for."""
 
     model_config = ConfigDict(extra="forbid")
 
-    k: K = 10
     category: InCategory = None
+    categories_any: Categories = Field([], description="Only items with at least one of these categories.")
+    categories_all: Categories = Field([], description="Only items with every one of these categories.")
+    categories_none: Categories = Field([], description="No item with any of these categories.")
+
+    @property
+    def filter(self) -> CategoryFilter:
+        """The same as serving takes it."""
+        if not (self.category or self.categories_any or self.categories_all or self.categories_none):
+            return EVERY_CATEGORY
+        every = [*self.categories_all, *([] if self.category is None else [self.category])]
+        return CategoryFilter(frozenset(self.categories_any), frozenset(every), frozenset(self.categories_none))
+
+
+class RecommendationParameters(CategoryParameters):
+    """What a GET takes."""
+
+    k: K = 10
     exclude: list[ItemId] = Field(
         [], max_length=MAX_EXCLUDE_IN_URL, description="Items to leave out; repeat it. POST takes 10,000."
     )
     include_seen: IncludeSeen = False
 
 
-class RecommendationRequest(BaseModel):
+class RecommendationRequest(CategoryParameters):
     """What a POST takes: the same, with room for long lists."""
 
-    model_config = ConfigDict(extra="forbid")
-
     k: K = 10
-    category: InCategory = None
     exclude: list[ItemId] = Field([], max_length=MAX_EXCLUDE, description="Items to leave out.")
     include_seen: IncludeSeen = False
 
@@ -105,7 +121,7 @@ def post_recommendations(user_id: UserPath, body: RecommendationRequest, service
 
 
 def _rank(service: Service, user_id: str, asked: RecommendationParameters | RecommendationRequest) -> Response:
-    query = ranking.Query(asked.k, asked.category, frozenset(asked.exclude), asked.include_seen)
+    query = ranking.Query(asked.k, asked.filter, frozenset(asked.exclude), asked.include_seen)
     found = service.ranker.rank(user_id, query)
     # Plain values past the model: it describes the answer, and the types above are held to it by a test.
     answer: dict[str, Any] = {

@@ -3,115 +3,27 @@
 import json
 import threading
 import time
-from collections import OrderedDict
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import sqlalchemy as sa
 import structlog
 from sqlalchemy.engine import Connection
 
 from app.erasure import subject_sha256
+from app.serving.candidates import Candidates, ItemIndices
 from app.serving.catalog import Catalog
 from app.tables import model_versions
-from ml.ids import IdMap
 from ml.recommender import Recommender
 from ml.registry import Manifest, Registry
 from ml.store import Store
 
 log = structlog.get_logger(__name__)
 
-Mask = npt.NDArray[np.bool_]
-
 # A version that failed to load may have been hidden by an outage of the store: it is tried again this often.
 RETRY_SECONDS = 30.0
-REMEMBERED_CATEGORIES = 64
-REMEMBERED_ITEMS = 100_000
-MANY_IDS = 500
 
 _POINTER = sa.select(model_versions.c.version).where(model_versions.c.state == "active")
-
-
-class ItemIndices:
-    """Items as a version knows them. Those seen lately are kept, so that a request need not search the id map."""
-
-    def __init__(self, items: IdMap) -> None:
-        self._items = items
-        self._known: dict[str, int] = {}
-
-    def __call__(self, item_ids: Iterable[str]) -> npt.NDArray[np.int64]:
-        """The indices in the given order, without those of items that the version does not know."""
-        known = self._known
-        wanted = list(item_ids)
-        missing = [item_id for item_id in wanted if item_id not in known]
-        if len(missing) > MANY_IDS:  # one pass over the whole map; not kept, or a caller's list would push out the rest
-            indices = self._items.indices(wanted)
-            return indices[indices >= 0]
-        if len(known) + len(missing) > REMEMBERED_ITEMS:
-            known = self._known = {}  # a new one: other threads may be in the middle of reading the old
-            missing = wanted
-        for item_id in missing:
-            known[item_id] = self._items.index(item_id)
-        indices = np.fromiter((known[item_id] for item_id in wanted), np.int64, len(wanted))
-        return indices[indices >= 0]
-
-
-class Candidates:
-    """Which items of one version may be shown now: in the catalogue, not hidden, not erased since its training."""
-
-    def __init__(self, items: IdMap, catalog: Catalog, erasures_through: int) -> None:
-        self._items = items
-        self._catalog = catalog
-        self._lock = threading.Lock()
-        self._dropped: Mask = np.zeros(len(items), np.bool_)
-        self._revision = -1
-        self._allowed: Mask = self._dropped
-        self._of_category: OrderedDict[str, tuple[int, Mask]] = OrderedDict()
-        erased = {subject for subject, sequence in catalog.erased_items.copy().items() if sequence > erasures_through}
-        if erased:
-            indices = range(len(items))
-            self._dropped[[index for index in indices if subject_sha256(items.id(index)) in erased]] = True
-        self.allowed(None)
-
-    def allowed(self, category: str | None) -> Mask:
-        """A mask over the version's items that the caller must not change."""
-        with self._lock:
-            if self._revision != self._catalog.revision:
-                self._follow()
-            if category is None:
-                return self._allowed
-            revision, mask = self._of_category.get(category, (-1, self._allowed))
-            if revision != self._revision:
-                mask = np.zeros(len(self._items), np.bool_)
-                members = self._items.indices(self._catalog.in_category(category))
-                mask[members[members >= 0]] = True
-                mask &= self._allowed
-                self._of_category[category] = (self._revision, mask)
-                if len(self._of_category) > REMEMBERED_CATEGORIES:
-                    self._of_category.popitem(last=False)
-            self._of_category.move_to_end(category)
-            return mask
-
-    def _follow(self) -> None:
-        revision = self._catalog.revision
-        changes = self._catalog.changes_since(self._revision) if self._revision >= 0 else None
-        if changes is None:
-            visible = [item_id for item_id, entry in self._catalog.entries.copy().items() if not entry.hidden]
-            allowed = np.zeros(len(self._items), np.bool_)
-            indices = self._items.indices(visible)
-            allowed[indices[indices >= 0]] = True
-        else:
-            allowed = self._allowed.copy()
-            item_ids = [change.item_id for change in changes]
-            indices = self._items.indices(item_ids)
-            for change, index in zip(changes, indices.tolist(), strict=True):
-                if index >= 0:
-                    self._dropped[index] |= change.erased
-                    allowed[index] = self._catalog.visible(change.item_id)
-        self._allowed = allowed & ~self._dropped
-        self._revision = revision
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,17 @@
 """How often each item was chosen by anyone: counted once at the start, then kept in step with the new events."""
 
+import heapq
 import threading
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import groupby
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from app.serving.catalog import Catalog
+from app.serving.filters import EVERY_CATEGORY, CategoryFilter
 from app.tables import events
 from ml.snapshots import ANY_TYPE, RETRACT, EventMeaning, meaning_of
 
@@ -53,23 +56,32 @@ class Popularity:
         self._order = _Order([], {}, revision=-1)
         self._lock = threading.Lock()
 
-    def ranked(self, category: str | None = None) -> Iterator[tuple[str, int]]:
+    def ranked(self, categories: CategoryFilter = EVERY_CATEGORY) -> Iterator[tuple[str, int]]:
         """Items that may be shown with their counts, the most chosen first, equals by id."""
         order = self._order
         # The catalogue may be ahead of the order, which only `poll` brings up to date.
         newer = {change.item_id for change in self._catalog.changes_since(order.revision) or ()}
-        item_ids = order.item_ids if category is None else self._of_category(order, category)
-        for item_id in item_ids:
-            if self._may_show(item_id, category):
+        for item_id in self._ordered(order, categories):
+            if self._may_show(item_id, categories):
                 newer.discard(item_id)
                 yield item_id, order.counts.get(item_id, 0)
         for item_id in sorted(newer):
-            if self._may_show(item_id, category):
+            if self._may_show(item_id, categories):
                 yield item_id, order.counts.get(item_id, 0)
 
-    def _may_show(self, item_id: str, category: str | None) -> bool:
+    def _ordered(self, order: _Order, categories: CategoryFilter) -> Iterable[str]:
+        """All that the filter may admit, and as little else as is easily had."""
+        if categories.all:
+            return min((self._of_category(order, category) for category in categories.all), key=len)
+        if categories.any:
+            parts = [self._of_category(order, category) for category in categories.any]
+            merged = heapq.merge(*parts, key=lambda item_id: (-order.counts.get(item_id, 0), item_id))
+            return (item_id for item_id, _ in groupby(merged))  # an item of two categories comes twice in a row
+        return order.item_ids
+
+    def _may_show(self, item_id: str, categories: CategoryFilter) -> bool:
         entry = self._catalog.entries.get(item_id)
-        return entry is not None and not entry.hidden and (category is None or category in entry.categories)
+        return entry is not None and not entry.hidden and (not categories or categories.admits(entry.categories))
 
     def poll(self, connection: Connection) -> None:
         """Count the events that came since, and bring the order up to date."""

@@ -15,6 +15,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from app.database import is_outage
 from app.serving.active_models import Active, ActiveModels
 from app.serving.catalog import Catalog
+from app.serving.filters import EVERY_CATEGORY, CategoryFilter
 from app.serving.histories import Histories, History
 from app.serving.popularity import Popularity
 from app.serving.recommendation_log import RecommendationLog, Shown
@@ -34,7 +35,7 @@ class Query:
     """What a caller asks for."""
 
     k: int = 10
-    category: str | None = None
+    categories: CategoryFilter = EVERY_CATEGORY
     exclude: frozenset[str] = frozenset()
     include_seen: bool = False
 
@@ -117,12 +118,12 @@ class Ranker:
             return None
         left_out = set(query.exclude) if query.include_seen else query.exclude | history.excluded
         excluded = active.item_indices(left_out)
-        allowed = active.candidates.allowed(query.category)
-        candidates = int(np.count_nonzero(allowed)) - int(np.count_nonzero(allowed[excluded]))
+        allowed = active.candidates.allowed(query.categories)
+        candidates = allowed.count - int(np.count_nonzero(allowed.mask[excluded]))
         if candidates <= 0:
             return None
         k = min(query.k, candidates)
-        indices, scores = recommender.top_k([user_index], [seen], [excluded], k, allowed)
+        indices, scores = recommender.top_k([user_index], [seen], [excluded], k, allowed.mask)
         found = indices[0] >= 0
         item_ids = recommender.items.ids(indices[0][found])
         return Ranking(
@@ -139,7 +140,7 @@ class Ranker:
         left_out = query.exclude if query.include_seen else query.exclude | history.excluded
         eligible = (
             (item_id, float(count))
-            for item_id, count in self._popularity.ranked(query.category)
+            for item_id, count in self._popularity.ranked(query.categories)
             if item_id not in left_out
         )
         items = list(islice(eligible, query.k))
@@ -157,8 +158,8 @@ class Ranker:
     def _why_empty(self, query: Query) -> str:
         if not any(self._catalog.visible(item_id) for item_id in list(self._catalog.entries)):
             return "the catalogue holds no item that may be shown"
-        if query.category is not None and next(self._popularity.ranked(query.category), None) is None:
-            return f"no item that may be shown is in the category {query.category!r}"
+        if query.categories and next(self._popularity.ranked(query.categories), None) is None:
+            return f"no item that may be shown has {query.categories}"
         return "every item that may be shown was seen by this user or excluded by the request"
 
     def _record(self, ranking: Ranking, query: Query) -> None:
@@ -175,7 +176,9 @@ class Ranker:
                 feedback_through=ranking.feedback_through,
                 filters={
                     "k": query.k,
-                    "category": query.category,
+                    "categories_any": sorted(query.categories.any),
+                    "categories_all": sorted(query.categories.all),
+                    "categories_none": sorted(query.categories.none),
                     "exclude": exclude,
                     "include_seen": query.include_seen,
                 },

@@ -150,6 +150,59 @@ def test_filters(client: TestClient, publish: Any) -> None:
     assert shown(response.json()) == left[:5]
 
 
+def test_filters_by_several_categories(client: TestClient, publish: Any) -> None:
+    of = {item: [f"by {step}" for step in (2, 3, 5) if number % step == 0] for number, item in enumerate(ITEMS)}
+    publish.catalogue([*ITEMS, "unseen"], of | {"unseen": ["by 2", "by 3"]})
+    publish("v1", ITEMS)
+    activated(client)
+
+    def numbers(user_id: str, **filters: Any) -> set[int]:
+        answer = recommend(client, user_id, k=50, **filters)
+        assert answer["source"] == ("model" if user_id == "anna" else "popular")
+        return {ITEMS.index(item) for item in shown(answer) if item != "unseen"}
+
+    every = set(range(40))
+    for user_id in ("anna", "a stranger"):
+        by_2, by_3, by_5 = (set(range(0, 40, step)) for step in (2, 3, 5))
+        assert numbers(user_id, categories_any=["by 3", "by 5"]) == by_3 | by_5
+        assert numbers(user_id, categories_all=["by 3", "by 2"]) == by_2 & by_3
+        assert numbers(user_id, category="by 2", categories_all=["by 3"]) == by_2 & by_3
+        assert numbers(user_id, categories_none=["by 2", "by 3"]) == every - by_2 - by_3
+        assert numbers(user_id, categories_any=["by 2", "by 3"], categories_none=["by 5"]) == (by_2 | by_3) - by_5
+        assert numbers(user_id, categories_any=["nobody has this", "by 5"]) == by_5
+        assert numbers(user_id, category="by 2", categories_any=["by 3"], categories_none=["by 5"]) == {
+            number for number in every if number % 2 == 0 and number % 3 == 0 and number % 5
+        }
+    answer = recommend(client, categories_all=["by 2", "nobody has this"])
+    assert (answer["source"], answer["items"]) == ("empty", [])
+    assert answer["reason"].endswith("has all of the categories 'by 2', 'nobody has this'")
+
+
+def test_filters_follow_the_catalogue(client: TestClient, publish: Any) -> None:
+    publish.catalogue(ITEMS, {item_id: ["first"] for item_id in ITEMS[:5]})
+    publish("v1", ITEMS)
+    activated(client)
+
+    def of_both() -> list[str]:
+        assert set(shown(recommend(client, k=40, categories_none=["first"]))) == set(ITEMS) - first
+        found = sorted(item for item in shown(recommend(client, k=40, category="first")) if item in ITEMS)
+        popular = shown(recommend(client, "a stranger", k=40, category="first"))
+        assert found == sorted(item for item in popular if item in ITEMS)
+        return found
+
+    first = set(ITEMS[:5])
+    assert of_both() == ITEMS[:5]
+    publish.hide("item-00")  # by another process, as all that follows
+    first |= {"item-00"}
+    assert of_both() == ITEMS[1:5]
+    publish.put("item-30", ["first", "second"])
+    publish.put("item-01", ["second"])
+    publish.put("a new one that the version does not know", ["first"])
+    first = {"item-00", "item-02", "item-03", "item-04", "item-30"}
+    assert of_both() == ["item-02", "item-03", "item-04", "item-30"]
+    assert shown(recommend(client, k=40, categories_all=["first", "second"])) == ["item-30"]
+
+
 def test_an_empty_answer_says_why(client: TestClient, publish: Any) -> None:
     assert "holds no item" in recommend(client)["reason"]
     publish("v1", ITEMS[:3])
@@ -227,7 +280,14 @@ def test_the_log_holds_what_was_shown(client: TestClient, publish: Any, engine: 
         assert row.explorations == [False] * len(row.item_ids)
         assert (row.surface, row.experiment, row.variant) == ("recommendations", None, None)
     by_model = rows[answers[0]["recommendation_id"]]
-    assert by_model.filters == {"k": 4, "category": None, "exclude": ["item-02"], "include_seen": False}
+    assert by_model.filters == {
+        "k": 4,
+        "categories_any": [],
+        "categories_all": [],
+        "categories_none": [],
+        "exclude": ["item-02"],
+        "include_seen": False,
+    }
     assert (by_model.policy, by_model.candidate_count) == ("model", 38)
 
 

@@ -1,0 +1,155 @@
+"""Which items of a loaded version may be shown now, and how the version numbers them."""
+
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from app.erasure import subject_sha256
+from app.serving.catalog import Catalog, Change
+from app.serving.filters import EVERY_CATEGORY, CategoryFilter
+from ml.ids import IdMap
+
+Mask = npt.NDArray[np.bool_]
+
+REMEMBERED_ITEMS = 100_000
+MANY_IDS = 500
+# Masks are kept up to this size in all, and never more than so many.
+REMEMBERED_MASK_BYTES = 64_000_000
+REMEMBERED_MASKS = 256
+# After more changes than that at once, masks of categories are made anew when asked for.
+MANY_CHANGES = 1_000
+
+
+class ItemIndices:
+    """Items as a version knows them. Those seen lately are kept, so that a request need not search the id map."""
+
+    def __init__(self, items: IdMap) -> None:
+        self._items = items
+        self._known: dict[str, int] = {}
+
+    def __call__(self, item_ids: Iterable[str]) -> npt.NDArray[np.int64]:
+        """The indices in the given order, without those of items that the version does not know."""
+        known = self._known
+        wanted = list(item_ids)
+        missing = [item_id for item_id in wanted if item_id not in known]
+        if len(missing) > MANY_IDS:  # one pass over the whole map; not kept, or a caller's list would push out the rest
+            indices = self._items.indices(wanted)
+            return indices[indices >= 0]
+        if len(known) + len(missing) > REMEMBERED_ITEMS:
+            known = self._known = {}  # a new one: other threads may be in the middle of reading the old
+            missing = wanted
+        for item_id in missing:
+            known[item_id] = self._items.index(item_id)
+        indices = np.fromiter((known[item_id] for item_id in wanted), np.int64, len(wanted))
+        return indices[indices >= 0]
+
+
+@dataclass(frozen=True, slots=True)
+class Allowed:
+    """The items of a version that may be shown: a mask that nobody may change, and how many it lets through."""
+
+    mask: Mask
+    count: int
+    revision: int  # of the catalogue
+
+
+class Candidates:
+    """Which items of one version may be shown now: in the catalogue, not hidden, not erased since its training."""
+
+    def __init__(self, items: IdMap, catalog: Catalog, erasures_through: int) -> None:
+        self._items = items
+        self._catalog = catalog
+        self._lock = threading.Lock()
+        self._dropped: Mask = np.zeros(len(items), np.bool_)
+        self._every = Allowed(self._dropped, 0, revision=-1)
+        # Members of a category, hidden ones included: changed in place as the catalogue changes.
+        self._of_category: OrderedDict[str, Mask] = OrderedDict()
+        self._of_filter: OrderedDict[CategoryFilter, Allowed] = OrderedDict()
+        self._capacity = min(REMEMBERED_MASKS, max(4, REMEMBERED_MASK_BYTES // max(2 * len(items), 1)))
+        erased = {subject for subject, sequence in catalog.erased_items.copy().items() if sequence > erasures_through}
+        if erased:
+            indices = range(len(items))
+            self._dropped[[index for index in indices if subject_sha256(items.id(index)) in erased]] = True
+        self.allowed()
+
+    def allowed(self, categories: CategoryFilter = EVERY_CATEGORY) -> Allowed:
+        """What may be shown of these categories; kept until an item of the version changes."""
+        every = self._every
+        if not categories and every.revision == self._catalog.revision:
+            return every
+        with self._lock:
+            if self._every.revision != self._catalog.revision:
+                self._follow()
+            if not categories:
+                return self._every
+            found = self._of_filter.get(categories)
+            if found is None:
+                mask = self._filtered(categories)
+                found = Allowed(mask, int(np.count_nonzero(mask)), self._every.revision)
+                self._of_filter[categories] = found
+                if len(self._of_filter) > self._capacity:
+                    self._of_filter.popitem(last=False)
+            self._of_filter.move_to_end(categories)
+            return found
+
+    def _filtered(self, categories: CategoryFilter) -> Mask:
+        mask = self._every.mask.copy()
+        for category in categories.all:
+            mask &= self._members(category)
+        for category in categories.none:
+            mask &= ~self._members(category)
+        if categories.any:
+            some = np.zeros(len(self._items), np.bool_)
+            for category in categories.any:
+                some |= self._members(category)
+            mask &= some
+        return mask
+
+    def _members(self, category: str) -> Mask:
+        mask = self._of_category.get(category)
+        if mask is None:
+            mask = np.zeros(len(self._items), np.bool_)
+            members = self._items.indices(self._catalog.in_category(category))
+            mask[members[members >= 0]] = True
+            self._of_category[category] = mask
+            if len(self._of_category) > self._capacity:
+                self._of_category.popitem(last=False)
+        self._of_category.move_to_end(category)
+        return mask
+
+    def _follow(self) -> None:
+        before, revision = self._every, self._catalog.revision
+        changes = self._catalog.changes_since(before.revision) if before.revision >= 0 else None
+        if changes is None:
+            visible = [item_id for item_id, entry in self._catalog.entries.copy().items() if not entry.hidden]
+            mask = np.zeros(len(self._items), np.bool_)
+            indices = self._items.indices(visible)
+            mask[indices[indices >= 0]] = True
+            self._of_category.clear()
+        else:
+            indices = self._items.indices([change.item_id for change in changes])
+            known = [(change, index) for change, index in zip(changes, indices.tolist(), strict=True) if index >= 0]
+            if not known:  # items that the version does not know change nothing here
+                self._every = Allowed(before.mask, before.count, revision)
+                return
+            mask = before.mask.copy()
+            for change, index in known:
+                self._dropped[index] |= change.erased
+                mask[index] = self._catalog.visible(change.item_id)
+            self._move_between_categories(known)
+        mask &= ~self._dropped
+        self._of_filter.clear()
+        self._every = Allowed(mask, int(np.count_nonzero(mask)), revision)
+
+    def _move_between_categories(self, changes: list[tuple[Change, int]]) -> None:
+        if len(changes) > MANY_CHANGES:
+            self._of_category.clear()
+            return
+        indices = [index for _, index in changes]
+        entries = [self._catalog.entries.get(change.item_id) for change, _ in changes]
+        for category, mask in self._of_category.items():
+            mask[indices] = [entry is not None and category in entry.categories for entry in entries]
