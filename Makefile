@@ -10,9 +10,9 @@ help: ## Show this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 # The stamp makes a second call free; it is older than its inputs whenever a dependency changes.
-$(VENV)/.stamp: pyproject.toml constraints.txt
+$(VENV)/.stamp: pyproject.toml clients/python/pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]' --editable clients/python
 	@touch $@
 
 setup: $(VENV)/.stamp ## Make .venv with everything the other commands need
@@ -32,6 +32,7 @@ check: setup ## Lint, types, import rules, dependencies
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/deptry .
+	cd clients/python && $(abspath $(BIN))/deptry src
 
 bench-import: setup ## Measure importing 1,000,000 events into SQLite, and how long feedback waits meanwhile
 	$(BIN)/python benchmarks/import_speed.py

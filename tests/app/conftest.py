@@ -4,6 +4,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
@@ -13,6 +14,7 @@ import httpx2
 import pytest
 import sqlalchemy as sa
 import torch
+import uvicorn
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from sqlalchemy.engine import Engine
@@ -130,6 +132,26 @@ class Publish:
 def publish(settings: Settings, engine: Engine) -> Publish:
     """`publish("v1", items)` trains nothing: it publishes and activates a model with random weights."""
     return Publish(settings, engine)
+
+
+@pytest.fixture
+def address(settings: Settings) -> Iterator[str]:
+    """Where a server in a thread of this process answers."""
+    config = uvicorn.Config(create_app(settings), port=0, lifespan="on", log_config=None, access_log=False)
+    server = uvicorn.Server(config)
+    ready = threading.Event()
+
+    async def startup(sockets: object = None) -> None:
+        await uvicorn.Server.startup(server)
+        ready.set()
+
+    server.startup = startup  # type: ignore[assignment]
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    assert ready.wait(30)
+    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    server.should_exit = True
+    thread.join()
 
 
 class LiveServer:

@@ -1,12 +1,8 @@
 """The whole OpenAPI description, thrown at the service: no server error, no answer that is not described."""
 
-import threading
-from collections.abc import Iterator
-
 import hypothesis
 import pytest
 import schemathesis
-import uvicorn
 from schemathesis import GenerationMode
 from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi.checks import (
@@ -16,9 +12,6 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
-from app.main import create_app
-from app.settings import Settings
-
 CHECKS = [
     not_a_server_error,
     status_code_conformance,
@@ -26,26 +19,6 @@ CHECKS = [
     response_headers_conformance,
     response_schema_conformance,
 ]
-
-
-@pytest.fixture
-def address(settings: Settings) -> Iterator[str]:
-    """A server in a thread of this process."""
-    config = uvicorn.Config(create_app(settings), port=0, lifespan="on", log_config=None, access_log=False)
-    server = uvicorn.Server(config)
-    ready = threading.Event()
-
-    async def startup(sockets: object = None) -> None:
-        await uvicorn.Server.startup(server)
-        ready.set()
-
-    server.startup = startup  # type: ignore[assignment]
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    assert ready.wait(30)
-    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    server.should_exit = True
-    thread.join()
 
 
 EXAMPLES = 8  # of each operation and kind of data

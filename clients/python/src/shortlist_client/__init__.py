@@ -1,0 +1,66 @@
+"""A typed client of the recommendation service Shortlist: `Client` and, for asyncio, `AsyncClient`."""
+
+from shortlist_client.answers import (
+    EventResult,
+    Item,
+    Model,
+    ModelDetails,
+    PopularItem,
+    Recommendations,
+    RecommendedItem,
+    Rollback,
+    Run,
+    User,
+)
+from shortlist_client.async_client import AsyncClient
+from shortlist_client.client import Client
+from shortlist_client.errors import (
+    AnswerError,
+    ConflictError,
+    ConnectionFailedError,
+    FieldError,
+    ForbiddenError,
+    GoneError,
+    InvalidError,
+    NotFoundError,
+    OverloadedError,
+    ProblemError,
+    RunTimeoutError,
+    ShortlistError,
+    UnauthorizedError,
+    UnavailableError,
+)
+from shortlist_client.events import Event
+from shortlist_client.retries import NO_RETRIES, Retries
+
+__all__ = [
+    "NO_RETRIES",
+    "AnswerError",
+    "AsyncClient",
+    "Client",
+    "ConflictError",
+    "ConnectionFailedError",
+    "Event",
+    "EventResult",
+    "FieldError",
+    "ForbiddenError",
+    "GoneError",
+    "InvalidError",
+    "Item",
+    "Model",
+    "ModelDetails",
+    "NotFoundError",
+    "OverloadedError",
+    "PopularItem",
+    "ProblemError",
+    "Recommendations",
+    "RecommendedItem",
+    "Retries",
+    "Rollback",
+    "Run",
+    "RunTimeoutError",
+    "ShortlistError",
+    "UnauthorizedError",
+    "UnavailableError",
+    "User",
+]

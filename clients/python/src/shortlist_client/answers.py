@@ -1,0 +1,190 @@
+"""What the service answers, as frozen dataclasses. docs/http.md of the service says what the fields mean."""
+
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any, Literal, Protocol
+
+Source = Literal["model", "folded_in", "popular", "degraded", "empty"]
+RunState = Literal["queued", "running", "succeeded", "failed", "cancelled"]
+Promote = Literal["guarded", "always", "never"]
+
+
+class Page(Protocol):
+    """A part of a list that is too long for one answer."""
+
+    @property
+    def next_cursor(self) -> str | None:
+        """What the next page is asked for with; None on the last one."""
+
+
+@dataclass(frozen=True, slots=True)
+class RecommendedItem:
+    """One place in a list; `score` compares within one answer and nothing else."""
+
+    item_id: str
+    score: float
+    rank: int
+    exploration: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Recommendations:
+    """A ranked list for one user. Send `recommendation_id` with the events that it leads to."""
+
+    user_id: str
+    recommendation_id: str
+    items: tuple[RecommendedItem, ...]
+    source: Source
+    model_version: str | None
+    data_through: datetime | None
+    feedback_through: int | None
+    next_cursor: str | None
+    reason: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PopularItem:
+    """One place among the popular; `score` is how many interactions it has had."""
+
+    item_id: str
+    score: float
+    rank: int
+
+
+@dataclass(frozen=True, slots=True)
+class PopularItems:
+    """Items by how many chose them."""
+
+    items: tuple[PopularItem, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class EventResult:
+    """What became of one event: `stored`, `duplicate` (known already) or `rejected`, with its reason."""
+
+    index: int
+    event_id: str | None
+    outcome: Literal["stored", "duplicate", "rejected"]
+    reason: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class FeedbackResults:
+    """An outcome for every event, in their order."""
+
+    results: tuple[EventResult, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """What the catalogue knows of an item."""
+
+    item_id: str
+    title: str | None
+    categories: tuple[str, ...]
+    hidden: bool
+    metadata: dict[str, Any]
+    created_at: datetime
+    updated_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class Items:
+    """One page of items in order of their ids."""
+
+    items: tuple[Item, ...]
+    next_cursor: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class User:
+    """What is known of a user beside the events."""
+
+    user_id: str
+    metadata: dict[str, Any]
+    created_at: datetime
+    updated_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class Users:
+    """One page of users in order of their ids."""
+
+    users: tuple[User, ...]
+    next_cursor: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A training: what it was asked for, how far it is and what came of it; `set` holds the changed settings."""
+
+    run_id: str
+    recipe: str
+    set: dict[str, str]
+    promote: Promote
+    warm_start: bool
+    state: RunState
+    cancel_requested: bool
+    requested_by: str | None
+    attempts: int
+    worker: str | None
+    progress: dict[str, Any] | None
+    snapshot: str | None
+    version: str | None
+    promoted: bool | None
+    message: str | None
+    created_at: datetime
+    started_at: datetime | None
+    finished_at: datetime | None
+
+    @property
+    def finished(self) -> bool:
+        """Whether it has ended, however it did."""
+        return self.state not in ("queued", "running")
+
+
+@dataclass(frozen=True, slots=True)
+class Runs:
+    """One page of runs, newest first."""
+
+    runs: tuple[Run, ...]
+    next_cursor: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A version and what the service does with it."""
+
+    version: str
+    recipe: str
+    state: Literal["candidate", "active", "shadow", "retired"]
+    run_id: str | None
+    created_at: datetime
+    snapshot: str | None
+    trained_through: datetime | None
+    metrics: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelDetails(Model):
+    """A version with its manifest and the times it became active."""
+
+    manifest: dict[str, Any] = field(kw_only=True)
+    activated_at: tuple[datetime, ...] = field(kw_only=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Models:
+    """One page of versions, newest first, and the one that answers."""
+
+    active: str | None
+    models: tuple[Model, ...]
+    next_cursor: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Rollback:
+    """The version that answers now, and the one that did."""
+
+    version: str
+    replaced: str | None
