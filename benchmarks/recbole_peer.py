@@ -1,0 +1,167 @@
+"""Trains and evaluates one of RecBole's models on prepared files, and prints one JSON line.
+
+    PEER_PYTHON benchmarks/recbole_peer.py --data DIR --model NeuMF --epochs 20 --settings '{"learning_rate": 0.001}'
+
+Runs in an environment of RecBole's own: pip install "setuptools<80" "numpy<2" "pandas<2.3" "torch<2.14" recbole==1.2.1
+DIR is what `peers.write_files` returned: one file to hold the last two of each user out of, or three, split already.
+Validation and test are full rankings; the epoch with the best validation NDCG@10 is kept and RecBole stops early by it.
+RecBole's sequential models rank items that a user has had before; here they are taken out, as for the others.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import sys
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from recbole.config import Config
+from recbole.data import create_dataset, data_preparation
+from recbole.utils import ModelType, get_model, get_trainer, init_seed
+
+CUTOFF = 10
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--model", required=True, help="NeuMF, Caser, BPR, SASRec or another of RecBole's")
+    parser.add_argument("--settings", type=json.loads, default={}, help="RecBole's own settings as JSON")
+    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args()
+    sys.argv = sys.argv[:1]  # RecBole reads it too
+    torch.set_num_threads(options.threads)
+    # RecBole 1.2.1 was written before torch.load refused objects; the file is one it has just saved itself.
+    torch.load = partial(torch.load, weights_only=False)
+    with tempfile.TemporaryDirectory() as saved:
+        print(json.dumps(run(options.data, options.model, options.settings, options.epochs, options.seed, saved)))
+
+
+def run(data: Path, model_name: str, settings: dict[str, Any], epochs: int, seed: int, saved: str) -> dict[str, Any]:
+    """Train one model; returns its metrics, and the seconds and processor seconds of every epoch."""
+    is_split = (data / f"{data.name}.train.inter").exists()
+    fixed: dict[str, Any] = {
+        "data_path": str(data.parent),
+        "checkpoint_dir": saved,
+        "load_col": {"inter": ["user_id", "item_id"] + ([] if is_split else ["timestamp"])},
+        "eval_args": {"split": {"LS": "valid_and_test"}, "order": "TO", "group_by": "user", "mode": "full"},
+        "metrics": ["Hit", "Recall", "NDCG"],
+        "topk": [CUTOFF],
+        "valid_metric": f"NDCG@{CUTOFF}",
+        "metric_decimal_place": 6,
+        "epochs": epochs,
+        "seed": seed,
+        "use_gpu": False,
+        "show_progress": False,
+    }
+    if is_split:
+        fixed["benchmark_filename"] = ["train", "valid", "test"]
+    is_sequential = get_model(model_name).type == ModelType.SEQUENTIAL
+    if is_sequential and settings.get("loss_type", "CE") == "CE":
+        fixed["train_neg_sample_args"] = None  # a softmax over all items takes no samples
+    config = Config(model=model_name, dataset=data.name, config_dict={**fixed, **settings})
+    init_seed(config["seed"], config["reproducibility"])
+    dataset = create_dataset(config)
+    train, validation, test = data_preparation(config, dataset)
+    init_seed(config["seed"], config["reproducibility"])
+    model = get_model(config["model"])(config, train._dataset).to(config["device"])
+    trainer = get_trainer(config["MODEL_TYPE"], config["model"])(config, model)
+    training, validating, testing = Timer(), Timer(), Timer()
+    trainer._train_epoch = training.around(trainer._train_epoch)
+    trainer._valid_epoch = validating.around(trainer._valid_epoch)
+    trainer.fit(train, validation, verbose=False, saved=True, show_progress=False)
+    found = {"test": testing.around(trainer.evaluate)(test, load_best_model=True)}
+    found["validation"] = trainer.evaluate(validation, load_best_model=False)
+    if is_sequential:
+        found = {
+            "test": filtered(trainer.model, test, dataset, data, held_out=1),
+            "validation": filtered(trainer.model, validation, dataset, data, held_out=2),
+        }
+    return {
+        "model": model_name,
+        "settings": settings,
+        "seed": seed,
+        "epochs": len(training.seconds),
+        "examples": len(train._dataset),
+        "users_tested": len(test._dataset) if is_sequential else len(test.uid_list),
+        "test_pairs": pairs_digest(dataset, test._dataset),
+        "train_seconds": training.seconds,
+        "train_processor_seconds": training.processor_seconds,
+        "validation_seconds": validating.seconds,
+        "test_seconds": testing.seconds[0],
+        "test_processor_seconds": testing.processor_seconds[0],
+        **{
+            part: {"hit_rate@10": m["hit@10"], "recall@10": m["recall@10"], "ndcg@10": m["ndcg@10"]}
+            for part, m in found.items()
+        },
+    }
+
+
+class Timer:
+    """Notes how long each call of a function takes."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self.processor_seconds: list[float] = []
+
+    def around(self, function: Any) -> Any:
+        def timed(*arguments: Any, **keywords: Any) -> Any:
+            started, processor = time.perf_counter(), time.process_time()
+            result = function(*arguments, **keywords)
+            self.seconds.append(time.perf_counter() - started)
+            self.processor_seconds.append(time.process_time() - processor)
+            return result
+
+        return timed
+
+
+def filtered(model: Any, loader: Any, dataset: Any, data: Path, held_out: int) -> dict[str, float]:
+    """The metrics of a leave-one-out part with each user's history taken out, the `held_out` last items not in it."""
+    rows = pd.read_csv(data / f"{data.name}.inter", sep="\t", names=["user", "item", "time"], header=0, dtype=str)
+    rows["time"] = rows["time"].astype(float)
+    rows = rows.sort_values(["user", "time"], kind="stable")
+    kept = rows[rows.groupby("user").cumcount(ascending=False) >= held_out]
+    users = dataset.token2id("user_id", kept["user"].to_numpy())
+    items = dataset.token2id("item_id", kept["item"].to_numpy())
+    history = {user: group.to_numpy() for user, group in pd.Series(items).groupby(users)}
+    ranks = []
+    model.eval()
+    with torch.no_grad():
+        for interaction, _, _, targets in loader:
+            scores = model.full_sort_predict(interaction.to(model.device)).view(len(interaction), -1).cpu()
+            scores[:, 0] = -math.inf
+            own = scores.gather(1, targets.unsqueeze(1))
+            for row, user in enumerate(interaction["user_id"].tolist()):
+                scores[row, history.get(user, [])] = -math.inf
+            scores.scatter_(1, targets.unsqueeze(1), own)
+            ranks.append((scores > own).sum(1))
+    rank = torch.cat(ranks).double()
+    hit = (rank < CUTOFF).double()
+    return {
+        "hit@10": float(hit.mean()),
+        "recall@10": float(hit.mean()),
+        "ndcg@10": float((hit / torch.log2(rank + 2)).mean()),
+    }
+
+
+def pairs_digest(dataset: Any, part: Any) -> str:
+    """Name the held-out pairs, so that what both sides tested can be compared."""
+    users = dataset.id2token("user_id", np.asarray(part.inter_feat["user_id"]))
+    items = dataset.id2token("item_id", np.asarray(part.inter_feat["item_id"]))
+    lines = sorted(f"{user} {item}" for user, item in zip(users, items, strict=True))
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+if __name__ == "__main__":
+    main()
