@@ -58,6 +58,18 @@ class Settings(BaseSettings):
         description="What event types mean, as JSON laid over the defaults; `*` is any type not listed.",
     )
     max_history: int = Field(1_000, ge=1, description="Newest interactions of a user that ranking looks at.")
+    resurface_after_days: float | None = Field(
+        None, ge=0, description="Items that a user has seen may come again after so many days; never if unset."
+    )
+    resurface_discount: float = Field(
+        0.5, ge=0, le=1, description="Share of its lead over an average item that a returning item loses."
+    )
+    exploration_share: float = Field(
+        0.0, ge=0, le=0.5, description="Share of the places in recommendations that is given to rarely chosen items."
+    )
+    exploration_below: int = Field(
+        5, ge=1, description="Items with fewer interactions than this count as rarely chosen."
+    )
     model_poll_seconds: float = Field(1.0, gt=0, description="How often a process looks for a new active version.")
     key_cache_seconds: float = Field(5.0, gt=0, le=10, description="How long a checked key is trusted without SQL.")
     lease_seconds: float = Field(30.0, gt=0, description="A run whose worker is silent this long is taken up again.")

@@ -247,6 +247,15 @@ api_keys = sa.Table(
     _time("revoked_at"),
 )
 
+# What the processes on a database share and nobody else may know, in the open only here.
+secrets = sa.Table(
+    "secrets",
+    metadata,
+    sa.Column("name", sa.String(64), primary_key=True),
+    sa.Column("value", sa.String(255), nullable=False),
+    _time("created_at", nullable=False),
+)
+
 audit_log = sa.Table(
     "audit_log",
     metadata,

@@ -2,15 +2,17 @@
 
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Path, Query, Response
+import fastapi
+from fastapi import APIRouter, Path, Response
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
 
-from app.errors import responses
+from app.errors import Problem, responses
 from app.identifiers import Category, ItemId, UserId
 from app.security import Recommend
-from app.serving import ranking
+from app.serving.cursors import MAX_CURSOR_LENGTH, CursorGone, CursorRefused
 from app.serving.filters import EVERY_CATEGORY, CategoryFilter
+from app.serving.query import Query
 from app.serving.service import Service, ServiceDep
 
 router = APIRouter(tags=["recommendations"])
@@ -47,31 +49,47 @@ class CategoryParameters(BaseModel):
         return CategoryFilter(frozenset(self.categories_any), frozenset(every), frozenset(self.categories_none))
 
 
-class RecommendationParameters(CategoryParameters):
-    """What a GET takes."""
+class _Asked(CategoryParameters):
+    """What GET and POST take alike."""
 
     k: K = 10
+    exclude: list[ItemId] = []
+    include_seen: IncludeSeen = False
+    diversity: float = Field(
+        0.0, ge=0, le=1, description="How much the items shall differ from one another: 0 ranks by score alone."
+    )
+    max_per_category: int | None = Field(
+        None, ge=1, le=MAX_K, description="How many items of any one category an answer holds at most."
+    )
+    cursor: str | None = Field(
+        None, max_length=MAX_CURSOR_LENGTH, description="`next_cursor` of the answer before, with the same filters."
+    )
+
+
+class RecommendationParameters(_Asked):
+    """What a GET takes."""
+
     exclude: list[ItemId] = Field(
         [], max_length=MAX_EXCLUDE_IN_URL, description="Items to leave out; repeat it. POST takes 10,000."
     )
-    include_seen: IncludeSeen = False
 
 
-class RecommendationRequest(CategoryParameters):
+class RecommendationRequest(_Asked):
     """What a POST takes: the same, with room for long lists."""
 
-    k: K = 10
     exclude: list[ItemId] = Field([], max_length=MAX_EXCLUDE, description="Items to leave out.")
-    include_seen: IncludeSeen = False
 
 
 class RecommendedItem(BaseModel):
     """One place in the list."""
 
     item_id: str
-    score: float = Field(description="Comparable within one answer only; of popular items, how often they were chosen.")
+    score: float | None = Field(
+        description="Comparable within one list only; of popular items, how often they were chosen. Null for an item "
+        "that the version was not trained on."
+    )
     rank: int = Field(description="From 1.")
-    exploration: bool = Field(description="Whether chance put it here; never yet.")
+    exploration: bool = Field(description="Whether chance put it here; the log has how probable that was.")
 
 
 class Recommendations(BaseModel):
@@ -87,12 +105,15 @@ class Recommendations(BaseModel):
     )
     model_version: str | None = Field(description="The version that ranked; null where none did.")
     data_through: str | None = Field(description="Time of the newest interaction that the version was trained on.")
-    feedback_through: int | None = Field(description="Position of the user's newest event that this answer knows.")
-    next_cursor: None = Field(None, description="Reserved for further pages: always null.")
+    feedback_through: int | None = Field(
+        description="Position of the user's newest event that this answer was ranked by; further pages keep that of "
+        "the first, and leave out what was consumed since."
+    )
+    next_cursor: str | None = Field(description="For what comes next, with the same filters; null at the end.")
     reason: str | None = Field(None, description="Why the list is empty; absent otherwise.")
 
 
-_RESPONSES = responses(401, 403, 404, 422, 503)
+_RESPONSES = responses(401, 403, 404, 410, 422, 503)
 
 
 @router.get(
@@ -102,40 +123,57 @@ _RESPONSES = responses(401, 403, 404, 422, 503)
     responses=_RESPONSES,
 )
 def get_recommendations(
-    user_id: UserPath, parameters: Annotated[RecommendationParameters, Query()], service: ServiceDep, _: Recommend
+    user_id: UserPath,
+    parameters: Annotated[RecommendationParameters, fastapi.Query()],
+    service: ServiceDep,
+    _: Recommend,
 ) -> Response:
     """Rank with the active version and what the user did up to this moment. What was answered to `POST /feedback`
     before counts already."""
-    return _rank(service, user_id, parameters)
+    return _rank(service, user_id, parameters, "query")
 
 
 @router.post(
     "/users/{user_id}/recommendations",
     summary="What to show to a user, with long filters",
     response_model=Recommendations,
-    responses=responses(401, 403, 404, 413, 422, 503),
+    responses=responses(401, 403, 404, 410, 413, 422, 503),
 )
 def post_recommendations(user_id: UserPath, body: RecommendationRequest, service: ServiceDep, _: Recommend) -> Response:
     """The same as the GET; nothing is stored but the log of what was shown."""
-    return _rank(service, user_id, body)
+    return _rank(service, user_id, body, "body")
 
 
-def _rank(service: Service, user_id: str, asked: RecommendationParameters | RecommendationRequest) -> Response:
-    query = ranking.Query(asked.k, asked.filter, frozenset(asked.exclude), asked.include_seen)
-    found = service.ranker.rank(user_id, query)
+def _rank(service: Service, user_id: str, asked: _Asked, place: str) -> Response:
+    query = Query(
+        k=asked.k,
+        categories=asked.filter,
+        exclude=frozenset(asked.exclude),
+        include_seen=asked.include_seen,
+        diversity=asked.diversity,
+        max_per_category=asked.max_per_category,
+        cursor=asked.cursor,
+    )
+    try:
+        found = service.ranker.rank(user_id, query)
+    except CursorRefused as error:
+        raise Problem(422, "The request is not valid", str(error), field=f"{place}.cursor") from None
+    except CursorGone as error:
+        raise Problem(410, detail=str(error), field=f"{place}.cursor") from None
+    drawn = {draw.place + 1 for draw in found.draws}
     # Plain values past the model: it describes the answer, and the types above are held to it by a test.
     answer: dict[str, Any] = {
         "user_id": found.user_id,
         "recommendation_id": found.recommendation_id,
         "items": [
-            {"item_id": item_id, "score": score, "rank": rank, "exploration": False}
+            {"item_id": item_id, "score": score, "rank": rank, "exploration": rank in drawn}
             for rank, (item_id, score) in enumerate(found.items, start=1)
         ],
         "source": found.source,
         "model_version": found.model_version,
         "data_through": found.data_through,
         "feedback_through": found.feedback_through,
-        "next_cursor": None,
+        "next_cursor": found.next_cursor,
     }
     if found.reason is not None:
         answer["reason"] = found.reason

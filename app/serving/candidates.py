@@ -69,6 +69,8 @@ class Candidates:
         # Members of a category, hidden ones included: changed in place as the catalogue changes.
         self._of_category: OrderedDict[str, Mask] = OrderedDict()
         self._of_filter: OrderedDict[CategoryFilter, Allowed] = OrderedDict()
+        # In the catalogue and visible, but none of the version's: in the order they came.
+        self._unseen: dict[str, None] = {}
         self._capacity = min(REMEMBERED_MASKS, max(4, REMEMBERED_MASK_BYTES // max(2 * len(items), 1)))
         erased = {subject for subject, sequence in catalog.erased_items.copy().items() if sequence > erasures_through}
         if erased:
@@ -95,6 +97,12 @@ class Candidates:
                     self._of_filter.popitem(last=False)
             self._of_filter.move_to_end(categories)
             return found
+
+    def unseen(self) -> list[str]:
+        """Items that may be shown and that the version was not trained on, in the order they came."""
+        self.allowed()
+        with self._lock:
+            return list(self._unseen)
 
     def _filtered(self, categories: CategoryFilter) -> Mask:
         mask = self._every.mask.copy()
@@ -129,16 +137,25 @@ class Candidates:
             mask = np.zeros(len(self._items), np.bool_)
             indices = self._items.indices(visible)
             mask[indices[indices >= 0]] = True
+            numbered = zip(visible, indices.tolist(), strict=True)
+            self._unseen = {item_id: None for item_id, index in numbered if index < 0 or self._dropped[index]}
             self._of_category.clear()
         else:
             indices = self._items.indices([change.item_id for change in changes])
-            known = [(change, index) for change, index in zip(changes, indices.tolist(), strict=True) if index >= 0]
+            known: list[tuple[Change, int]] = []
+            for change, index in zip(changes, indices.tolist(), strict=True):
+                if index >= 0:
+                    known.append((change, index))
+                    self._dropped[index] |= change.erased
+                if self._catalog.visible(change.item_id) and (index < 0 or self._dropped[index]):
+                    self._unseen[change.item_id] = None
+                else:
+                    self._unseen.pop(change.item_id, None)
             if not known:  # items that the version does not know change nothing here
                 self._every = Allowed(before.mask, before.count, revision)
                 return
             mask = before.mask.copy()
             for change, index in known:
-                self._dropped[index] |= change.erased
                 mask[index] = self._catalog.visible(change.item_id)
             self._move_between_categories(known)
         mask &= ~self._dropped

@@ -66,6 +66,11 @@ class Catalog:
         entry = self.entries.get(item_id)
         return entry is not None and not entry.hidden
 
+    def categories(self, item_id: str) -> tuple[str, ...]:
+        """The categories of an item; none where it is not known."""
+        entry = self.entries.get(item_id)
+        return () if entry is None else entry.categories
+
     def in_category(self, category: str) -> list[str]:
         """The ids of a category, hidden ones included."""
         with self._lock:

@@ -2,6 +2,7 @@
 
 import heapq
 import threading
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -68,6 +69,12 @@ class Popularity:
         for item_id in sorted(newer):
             if self._may_show(item_id, categories):
                 yield item_id, order.counts.get(item_id, 0)
+
+    def rarely_chosen(self, below: int) -> list[str]:
+        """Items with fewer interactions than `below`, the most chosen first; whether they may be shown is not asked."""
+        order = self._order
+        first = bisect_right(order.item_ids, -below, key=lambda item_id: -order.counts.get(item_id, 0))
+        return order.item_ids[first:]
 
     def _ordered(self, order: _Order, categories: CategoryFilter) -> Iterable[str]:
         """All that the filter may admit, and as little else as is easily had."""

@@ -1,11 +1,10 @@
-"""One user's answer: the active version ranks with what the user did up to now; popular items where it cannot."""
+"""One user's answer: read what is known, rank, explore, say where the list goes on, and log what was shown."""
 
 import time
 import uuid
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
-from itertools import islice
-from typing import Literal
 
 import numpy as np
 import structlog
@@ -13,31 +12,21 @@ from sqlalchemy.engine import Engine
 from sqlalchemy.exc import SQLAlchemyError
 
 from app.database import is_outage
-from app.serving.active_models import Active, ActiveModels
+from app.serving.active_models import ActiveModels
 from app.serving.catalog import Catalog
-from app.serving.filters import EVERY_CATEGORY, CategoryFilter
+from app.serving.cursors import NO_VERSION, NOTHING, CursorGone, Cursors, Position, digest, number_of
+from app.serving.diversity import CategoryCap
+from app.serving.exploration import Affinity, Draw, Explorer, seed_of
 from app.serving.histories import Histories, History
 from app.serving.popularity import Popularity
+from app.serving.query import Query
+from app.serving.ranked_lists import Ranked, RankedLists, Source, State
 from app.serving.recommendation_log import RecommendationLog, Shown
 
 log = structlog.get_logger(__name__)
 
-Source = Literal["model", "folded_in", "popular", "degraded", "empty"]
-
 # After the database failed to answer, requests do without it this long rather than wait for it one by one.
 OUTAGE_SECONDS = 1.0
-# Longer lists of excluded items enter the log as their length.
-LOGGED_EXCLUDES = 100
-
-
-@dataclass(frozen=True, slots=True)
-class Query:
-    """What a caller asks for."""
-
-    k: int = 10
-    categories: CategoryFilter = EVERY_CATEGORY
-    exclude: frozenset[str] = frozenset()
-    include_seen: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,14 +34,16 @@ class Ranking:
     """An answer: at most k items, best first, none twice."""
 
     user_id: str
-    items: list[tuple[str, float]]
+    recommendation_id: str
+    items: list[tuple[str, float | None]]  # with scores; None where nothing could score an item
+    draws: Sequence[Draw]  # the items among them that chance put there
     source: Source
     model_version: str | None
     data_through: str | None
     feedback_through: int | None
+    candidate_count: int
+    next_cursor: str | None = None
     reason: str | None = None
-    candidate_count: int = 0
-    recommendation_id: str = field(default_factory=lambda: str(uuid.uuid4()))
 
 
 class Ranker:
@@ -60,11 +51,15 @@ class Ranker:
 
     def __init__(
         self,
+        *,
         engine: Engine,
         catalog: Catalog,
         histories: Histories,
         active_models: ActiveModels,
         popularity: Popularity,
+        lists: RankedLists,
+        explorer: Explorer,
+        cursors: Cursors,
         recommendation_log: RecommendationLog,
     ) -> None:
         self._engine = engine
@@ -72,29 +67,41 @@ class Ranker:
         self._histories = histories
         self._active_models = active_models
         self._popularity = popularity
+        self._lists = lists
+        self._explorer = explorer
+        self._cursors = cursors
         self._log = recommendation_log
         self._outage_until = 0.0
 
     def rank(self, user_id: str, query: Query) -> Ranking:
-        """Rank for a user, known or not. Answers without the database too, and says so by its source."""
-        active = self._active_models.current  # once: nothing below may mix two versions
-        history = self._history(user_id)
-        degraded = history is None
-        if history is None:
-            history = self._histories.remembered(user_id)
-        ranking = None
-        if active is not None and history is not None:
-            ranking = self._by_model(active, user_id, history, query)
-        if ranking is None:
-            ranking = self._by_popularity(user_id, history or History(), query)
-        if degraded and ranking.source != "empty":
-            ranking = replace(ranking, source="degraded")
-        self._record(ranking, query)
+        """Rank for a user, known or not. Answers without the database too, and says so by its source.
+
+        Raises CursorRefused and CursorGone where the query's cursor leads nowhere.
+        """
+        state = self._state(user_id, query)
+        page = None if query.cursor is None else self._page(state, query)
+        ranked = self._ranked(state, query, page)
+        list_id = uuid.uuid4().bytes if page is None else page.list_id
+        draws: Sequence[Draw] = ()
+        if self._explorer.explores and ranked.item_ids:
+            draws = self._explored(state, query, page, ranked, list_id)
+        ranking = self._answer(state, query, page, ranked, list_id, draws)
+        self._record(ranking, query, page)
         return ranking
 
     def forget_outage(self) -> None:
         """Ask the database again at once: somebody heard it answer."""
         self._outage_until = 0.0
+
+    def _state(self, user_id: str, query: Query) -> State:
+        active = self._active_models.current  # once: nothing below may mix two versions
+        history = self._history(user_id)
+        if history is not None:
+            return State(user_id, active, history)
+        remembered = self._histories.remembered(user_id)
+        if remembered is None and query.cursor is None:
+            active = None  # a version would rank as if nothing had happened yet; a cursor brings its history along
+        return State(user_id, active, remembered or History(), degraded=True)
 
     def _history(self, user_id: str) -> History | None:
         if time.monotonic() < self._outage_until:
@@ -110,61 +117,128 @@ class Ranker:
             log.warning("ranking_without_database", reason=type(error).__name__)
             return None
 
-    def _by_model(self, active: Active, user_id: str, history: History, query: Query) -> Ranking | None:
-        recommender = active.recommender
-        user_index = self._active_models.user_index(active, user_id)
-        seen = active.item_indices(history.item_ids)
-        if user_index < 0 and not (recommender.folds_in and len(seen)):
-            return None
-        left_out = set(query.exclude) if query.include_seen else query.exclude | history.excluded
-        excluded = active.item_indices(left_out)
-        allowed = active.candidates.allowed(query.categories)
-        candidates = allowed.count - int(np.count_nonzero(allowed.mask[excluded]))
-        if candidates <= 0:
-            return None
-        k = min(query.k, candidates)
-        indices, scores = recommender.top_k([user_index], [seen], [excluded], k, allowed.mask)
-        found = indices[0] >= 0
-        item_ids = recommender.items.ids(indices[0][found])
-        return Ranking(
-            user_id=user_id,
-            items=list(zip(item_ids, scores[0][found].tolist(), strict=True)),
-            source="model" if user_index >= 0 else "folded_in",
-            model_version=active.version,
-            data_through=active.data_through,
-            feedback_through=history.feedback_through,
-            candidate_count=candidates,
+    def _page(self, state: State, query: Query) -> Position:
+        assert query.cursor is not None
+        page = self._cursors.read(query.cursor, state.user_id, query.filters_digest())
+        if page.version != NO_VERSION and (state.active is None or digest(state.active.version) != page.version):
+            raise CursorGone("the version that ranked this list is no longer active: ask again without the cursor")
+        if page.feedback_through is not None and state.history.feedback_through is None and not state.degraded:
+            raise CursorGone("what this list was made from is gone: ask again without the cursor")
+        return page
+
+    def _ranked(self, state: State, query: Query, page: Position | None) -> Ranked:
+        active = state.active
+        if active is not None and (page is None or page.version != NO_VERSION):
+            ranked = self._lists.by_model(active, state, query, page)
+            if ranked is not None:
+                return ranked
+        return self._lists.by_popularity(state, query, page)
+
+    def _explored(
+        self, state: State, query: Query, page: Position | None, ranked: Ranked, list_id: bytes
+    ) -> list[Draw]:
+        return self._explorer.draw(
+            seed=seed_of(list_id, 0 if page is None else page.offset),
+            k=query.k,
+            ranked=ranked.item_ids,
+            version=ranked.active,
+            may_come=self._lists.may_come(state, query, page),
+            affinity=Affinity(self._catalog, state.history.item_ids),
+            cap=CategoryCap(self._catalog, query.max_per_category),
         )
 
-    def _by_popularity(self, user_id: str, history: History, query: Query) -> Ranking:
-        left_out = query.exclude if query.include_seen else query.exclude | history.excluded
-        eligible = (
-            (item_id, float(count))
-            for item_id, count in self._popularity.ranked(query.categories)
-            if item_id not in left_out
-        )
-        items = list(islice(eligible, query.k))
+    def _answer(
+        self,
+        state: State,
+        query: Query,
+        page: Position | None,
+        ranked: Ranked,
+        list_id: bytes,
+        draws: Sequence[Draw],
+    ) -> Ranking:
+        items = list(zip(ranked.item_ids, ranked.scores, strict=True))
+        if draws:
+            items = self._with_draws(items, draws, ranked, query.k)
+        active = ranked.active
+        source = ranked.source
+        if not items:
+            source = "empty"
+        elif state.degraded:
+            source = "degraded"
+        through = state.history.feedback_through if page is None else page.feedback_through
+        by_model = active is not None and bool(items)
         return Ranking(
-            user_id=user_id,
+            user_id=state.user_id,
+            recommendation_id=str(uuid.UUID(bytes=list_id) if page is None else uuid.uuid4()),
             items=items,
-            source="popular" if items else "empty",
-            model_version=None,
-            data_through=None,
-            feedback_through=history.feedback_through,
-            reason=None if items else self._why_empty(query),
-            candidate_count=len(items),
+            draws=draws,
+            source=source,
+            model_version=active.version if active is not None and by_model else None,
+            data_through=active.data_through if active is not None and by_model else None,
+            feedback_through=through,
+            candidate_count=ranked.candidate_count,
+            next_cursor=self._next_cursor(state, query, page, ranked, list_id, items),
+            reason=None if items else self._why_empty(query, page),
         )
 
-    def _why_empty(self, query: Query) -> str:
+    def _with_draws(
+        self, items: list[tuple[str, float | None]], draws: Sequence[Draw], ranked: Ranked, k: int
+    ) -> list[tuple[str, float | None]]:
+        """Put what was drawn into its places; the last of the others make room."""
+        scores: list[float | None] = [None] * len(draws)
+        if ranked.active is not None and ranked.encoded is not None:
+            indices = ranked.active.recommender.items.indices([draw.item_id for draw in draws])
+            scored = ranked.active.recommender.score_items(ranked.encoded, indices[None])[0]
+            scores = [float(score) if index >= 0 else None for index, score in zip(indices, scored, strict=True)]
+        mixed = items[: k - len(draws)]
+        for draw, score in zip(draws, scores, strict=True):
+            mixed.insert(draw.place, (draw.item_id, score))
+        return mixed
+
+    def _next_cursor(
+        self,
+        state: State,
+        query: Query,
+        page: Position | None,
+        ranked: Ranked,
+        list_id: bytes,
+        items: list[tuple[str, float | None]],
+    ) -> str | None:
+        if not items or ranked.candidate_count <= len(items):
+            return None
+        version, known, others = NO_VERSION, NOTHING, [item_id for item_id, _ in items]
+        if ranked.active is not None:
+            version, known = digest(ranked.active.version), ranked.indices
+            if others != ranked.item_ids:  # what was drawn stands among them
+                numbered = ranked.active.recommender.items.indices(others)
+                known, others = numbered[numbered >= 0], [others[row] for row in np.flatnonzero(numbered < 0)]
+            else:
+                others = others[len(known) :]
+        history, shown, elsewhere = ranked.history, np.sort(known), frozenset(map(number_of, others))
+        if page is not None:
+            history, shown, elsewhere = page.history, np.union1d(page.shown, known), page.shown_elsewhere | elsewhere
+        through = state.history.feedback_through if page is None else page.feedback_through
+        position = Position(list_id, version, through, history, shown, elsewhere)
+        return self._cursors.write(position, state.user_id, query.filters_digest())
+
+    def _why_empty(self, query: Query, page: Position | None) -> str:
+        if page is not None:
+            return "nothing that may be shown is left of this list"
         if not any(self._catalog.visible(item_id) for item_id in list(self._catalog.entries)):
             return "the catalogue holds no item that may be shown"
         if query.categories and next(self._popularity.ranked(query.categories), None) is None:
             return f"no item that may be shown has {query.categories}"
         return "every item that may be shown was seen by this user or excluded by the request"
 
-    def _record(self, ranking: Ranking, query: Query) -> None:
-        exclude = sorted(query.exclude) if len(query.exclude) <= LOGGED_EXCLUDES else len(query.exclude)
+    def _record(self, ranking: Ranking, query: Query, page: Position | None) -> None:
         by_model = ranking.model_version is not None
+        filters = query.as_logged()
+        if page is not None:
+            filters |= {"list": str(uuid.UUID(bytes=page.list_id)), "offset": page.offset}
+        # What chance did not touch was certain to be shown where it stands.
+        propensities, explorations = [1.0] * len(ranking.items), [False] * len(ranking.items)
+        for draw in ranking.draws:
+            propensities[draw.place], explorations[draw.place] = draw.propensity, True
         self._log.add(
             Shown(
                 recommendation_id=ranking.recommendation_id,
@@ -174,20 +248,12 @@ class Ranker:
                 model_version=ranking.model_version,
                 source=ranking.source,
                 feedback_through=ranking.feedback_through,
-                filters={
-                    "k": query.k,
-                    "categories_any": sorted(query.categories.any),
-                    "categories_all": sorted(query.categories.all),
-                    "categories_none": sorted(query.categories.none),
-                    "exclude": exclude,
-                    "include_seen": query.include_seen,
-                },
+                filters=filters,
                 candidate_count=ranking.candidate_count,
                 item_ids=[item_id for item_id, _ in ranking.items],
                 scores=[score for _, score in ranking.items],
-                # Nothing is left to chance yet: what is shown was certain to be shown.
-                propensities=[1.0] * len(ranking.items),
-                explorations=[False] * len(ranking.items),
+                propensities=propensities,
+                explorations=explorations,
                 created_at=datetime.now(UTC),
             )
         )

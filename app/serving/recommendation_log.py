@@ -39,7 +39,7 @@ class Shown:
     filters: dict[str, Any]
     candidate_count: int
     item_ids: list[str]
-    scores: list[float]
+    scores: list[float | None]  # None where nothing could score an item
     propensities: list[float]
     explorations: list[bool]
     created_at: datetime

@@ -16,11 +16,15 @@ from app.database import create_engine, is_outage
 from app.security import KeyRing
 from app.serving.active_models import ActiveModels
 from app.serving.catalog import Catalog
+from app.serving.cursors import Cursors
+from app.serving.exploration import Explorer
 from app.serving.feedback_writer import FeedbackWriter
 from app.serving.histories import Histories
 from app.serving.popularity import Popularity
+from app.serving.ranked_lists import RankedLists
 from app.serving.ranking import Ranker
 from app.serving.recommendation_log import RecommendationLog
+from app.serving.resurfacing import Resurfacing
 from app.settings import Settings
 from app.telemetry import Metrics
 from ml.registry import Registry
@@ -45,6 +49,7 @@ class Service:
     popularity: Popularity
     recommendation_log: RecommendationLog
     feedback_writer: FeedbackWriter
+    cursors: Cursors
     ranker: Ranker
     database_answers: bool = False
     migrated: bool = False
@@ -56,7 +61,7 @@ class Service:
     @property
     def ready(self) -> bool:
         """Whether requests can be answered: once it is, the service stays so without its database too."""
-        return self.migrated and self.catalog.loaded and self.popularity.loaded
+        return self.migrated and self.catalog.loaded and self.popularity.loaded and self.cursors.loaded
 
     def start(self) -> None:
         """Start the threads and load what can be loaded; a database that is away is waited for behind the requests."""
@@ -94,6 +99,8 @@ class Service:
         try:
             with self.engine.connect() as connection:
                 self._poll(connection)
+            if self.migrated:
+                self.cursors.load(self.engine)
         except SQLAlchemyError as error:
             if not is_outage(error):
                 raise
@@ -155,7 +162,9 @@ def build_service(settings: Settings) -> Service:
     store = open_store(settings.resolved_store_url)
     registry = Registry(store, settings.data_dir / "cache")
     catalog = Catalog()
-    histories = Histories(settings.event_meanings, settings.max_history)
+    histories = Histories(
+        settings.event_meanings, settings.max_history, with_times=settings.resurface_after_days is not None
+    )
     active_models = ActiveModels(registry, store, catalog)
     popularity = Popularity(settings.event_meanings, catalog)
     lost = metrics.counter("recommendation_log_lost", "Answers that did not reach the recommendation log.")
@@ -170,6 +179,19 @@ def build_service(settings: Settings) -> Service:
     feedback_writer = FeedbackWriter(
         engine, max_waiting=settings.feedback_queue, unknown_items=settings.unknown_items, on_commit=committed
     )
+    cursors = Cursors()
+    resurfacing = Resurfacing(settings.resurface_after_days, settings.resurface_discount)
+    ranker = Ranker(
+        engine=engine,
+        catalog=catalog,
+        histories=histories,
+        active_models=active_models,
+        popularity=popularity,
+        lists=RankedLists(catalog, active_models, popularity, resurfacing),
+        explorer=Explorer(catalog, popularity, settings.exploration_share, settings.exploration_below),
+        cursors=cursors,
+        recommendation_log=recommendation_log,
+    )
     return Service(
         settings=settings,
         engine=engine,
@@ -183,7 +205,8 @@ def build_service(settings: Settings) -> Service:
         popularity=popularity,
         recommendation_log=recommendation_log,
         feedback_writer=feedback_writer,
-        ranker=Ranker(engine, catalog, histories, active_models, popularity, recommendation_log),
+        cursors=cursors,
+        ranker=ranker,
     )
 
 

@@ -63,7 +63,8 @@ def test_the_contract(client: TestClient, publish: Any) -> None:
     assert all(set(item) == {"item_id", "score", "rank", "exploration"} for item in answer["items"])
     assert (answer["user_id"], answer["source"], answer["model_version"]) == ("anna", "model", "v1")
     assert answer["data_through"] == "2026-11-21T09:30:00.000000Z"
-    assert (answer["feedback_through"], answer["next_cursor"]) == (None, None)
+    assert answer["feedback_through"] is None
+    assert isinstance(answer["next_cursor"], str)
 
 
 def test_the_next_answer_knows_the_feedback(client: TestClient, publish: Any) -> None:
@@ -245,6 +246,11 @@ def test_bad_parameters_are_named(client: TestClient) -> None:
         ({"include_seen": "perhaps"}, "query.include_seen"),
         ({"explain": "true"}, "query.explain"),  # what does not exist yet is not passed over
         ({"cursor": "x"}, "query.cursor"),
+        ({"diversity": 1.5}, "query.diversity"),
+        ({"diversity": "nan"}, "query.diversity"),
+        ({"max_per_category": 0}, "query.max_per_category"),
+        ({"categories_any": ["fine", "a|b"]}, "query.categories_any.1"),
+        ({"categories_none": [str(number) for number in range(51)]}, "query.categories_none"),
     ]:
         response = client.get("/users/anna/recommendations", params=parameters)  # type: ignore[arg-type]
         assert response.status_code == 422, parameters
@@ -287,6 +293,8 @@ def test_the_log_holds_what_was_shown(client: TestClient, publish: Any, engine: 
         "categories_none": [],
         "exclude": ["item-02"],
         "include_seen": False,
+        "diversity": 0.0,
+        "max_per_category": None,
     }
     assert (by_model.policy, by_model.candidate_count) == ("model", 38)
 

@@ -1,0 +1,68 @@
+"""What a caller asks for."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from app.serving.filters import EVERY_CATEGORY, CategoryFilter
+
+# Longer lists of excluded items enter the log as their length.
+LOGGED_EXCLUDES = 100
+
+
+@dataclass(frozen=True, slots=True)
+class Query:
+    """What a caller wants to be shown; all but `k` and `cursor` stay the same from page to page."""
+
+    k: int = 10
+    categories: CategoryFilter = EVERY_CATEGORY
+    exclude: frozenset[str] = frozenset()
+    include_seen: bool = False
+    diversity: float = 0.0
+    max_per_category: int | None = None
+    cursor: str | None = None
+
+    @property
+    def is_diverse(self) -> bool:
+        """Whether the order depends on more than the items' scores."""
+        return self.diversity > 0 or self.max_per_category is not None
+
+    def filters_digest(self) -> bytes:
+        """Eight bytes that two queries share if and only if their pages may follow one another."""
+        unbounded = not self.categories and not self.exclude and not self.include_seen
+        if unbounded and not self.is_diverse:
+            return _NO_FILTERS
+        return _digest(
+            [
+                *self._categories(),
+                sorted(self.exclude),
+                self.include_seen,
+                self.diversity,
+                self.max_per_category,
+            ]
+        )
+
+    def as_logged(self) -> dict[str, Any]:
+        """The filters as the recommendation log keeps them."""
+        some, every, none = self._categories()
+        return {
+            "k": self.k,
+            "categories_any": some,
+            "categories_all": every,
+            "categories_none": none,
+            "exclude": sorted(self.exclude) if len(self.exclude) <= LOGGED_EXCLUDES else len(self.exclude),
+            "include_seen": self.include_seen,
+            "diversity": self.diversity,
+            "max_per_category": self.max_per_category,
+        }
+
+    def _categories(self) -> tuple[list[str], list[str], list[str]]:
+        return sorted(self.categories.any), sorted(self.categories.all), sorted(self.categories.none)
+
+
+def _digest(filters: list[Any]) -> bytes:
+    return hashlib.blake2b(json.dumps(filters).encode(), digest_size=8).digest()
+
+
+_NO_FILTERS = _digest([])

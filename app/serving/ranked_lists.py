@@ -1,0 +1,249 @@
+"""The items for one user in order, before chance and the log: by the active version, or by popularity.
+
+The same state, filters and catalogue give the same list, in every process.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+from app.serving.active_models import Active, ActiveModels
+from app.serving.catalog import Catalog
+from app.serving.cursors import NOTHING, Numbers, Position, nothing, number_of
+from app.serving.diversity import LARGEST_POOL, CategoryCap, category_vectors, chosen_together, pool_size
+from app.serving.exploration import Affinity
+from app.serving.histories import History
+from app.serving.popularity import Popularity
+from app.serving.query import Query
+from app.serving.resurfacing import Resurfacing
+from ml.recommender import Recommender
+
+Source = Literal["model", "folded_in", "popular", "degraded", "empty"]
+Floats = npt.NDArray[np.float32]
+
+# Of the items that no version was trained on, so many at most may fill the end of a list.
+MOST_UNSEEN = 10_000
+# What a cursor keeps of a history where a model that looks at no window folds it in.
+PINNED_HISTORY = 64
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """What is known when a request begins; nothing later looks at anything newer."""
+
+    user_id: str
+    active: Active | None
+    history: History
+    degraded: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Ranked:
+    """Items in order. Scores are None where nothing could score an item."""
+
+    item_ids: list[str]
+    scores: list[float | None]
+    source: Source
+    candidate_count: int  # of which these are the first; of popular items, one more than these if there are more
+    active: Active | None = None  # what ranked
+    encoded: Tensor | None = None  # the user, for what ranked
+    history: Numbers = field(default_factory=nothing)  # what it was ranked by, as far as a further page needs it
+    indices: Numbers = field(
+        default_factory=nothing
+    )  # of the first items: those that come after them are unknown to what ranked
+
+
+class RankedLists:
+    """Ranks on the caller's thread."""
+
+    def __init__(
+        self, catalog: Catalog, active_models: ActiveModels, popularity: Popularity, resurfacing: Resurfacing
+    ) -> None:
+        self._catalog = catalog
+        self._active_models = active_models
+        self._popularity = popularity
+        self._resurfacing = resurfacing
+
+    def by_model(self, active: Active, state: State, query: Query, page: Position | None = None) -> Ranked | None:
+        """Rank by a version; None where it knows nothing of the user, or may show nothing."""
+        recommender, history = active.recommender, state.history
+        user_index = self._active_models.user_index(active, state.user_id)
+        seen = active.item_indices(history.item_ids) if page is None else page.history
+        if user_index < 0 and not (recommender.folds_in and len(seen)):
+            return None
+        excluded = active.item_indices(_left_out(history, query))
+        if page is not None:
+            excluded = np.union1d(excluded, page.shown)
+        allowed = active.candidates.allowed(query.categories)
+        count = allowed.count - int(np.count_nonzero(allowed.mask[excluded]))
+        returning = NOTHING if query.include_seen else self._returning(active, allowed.mask, history, query, page)
+        if count + len(returning) <= 0 and page is None:
+            return None
+        encoded = recommender.encode([user_index], [seen])
+        if query.is_diverse or len(returning):
+            indices, scores = self._chosen(active, encoded, excluded, returning, query, count, allowed.mask)
+            count += len(returning)
+        elif count:
+            found, found_scores = recommender.top(encoded, [excluded], min(query.k, count), allowed.mask)
+            indices, scores = found[0][found[0] >= 0], found_scores[0][found[0] >= 0]
+        else:
+            indices, scores = np.zeros(0, np.int64), np.zeros(0, np.float32)
+        item_ids: list[str] = recommender.items.ids(indices)
+        all_scores: list[float | None] = scores.tolist()
+        if count <= query.k:
+            count += self._fill(item_ids, active, state, query, page)
+            all_scores += [None] * (len(item_ids) - len(all_scores))
+        return Ranked(
+            item_ids,
+            all_scores,
+            source="model" if user_index >= 0 else "folded_in",
+            candidate_count=count,
+            active=active,
+            encoded=encoded,
+            history=_pinned(seen, recommender.window_length, user_index),
+            indices=indices,
+        )
+
+    def by_popularity(self, state: State, query: Query, page: Position | None = None) -> Ranked:
+        """The items most people chose, without those that the user has seen."""
+        left_out = _left_out(state.history, query)
+        shown = frozenset[int]() if page is None else page.shown_elsewhere
+        eligible = (
+            (item_id, float(count))
+            for item_id, count in self._popularity.ranked(query.categories)
+            if item_id not in left_out and number_of(item_id) not in shown
+        )
+        # One more than asked for tells whether there is more.
+        pool = list(islice(eligible, pool_size(query.k) + 1 if query.is_diverse else query.k + 1))
+        found = pool[: query.k]
+        if query.is_diverse:
+            categories = [self._catalog.categories(item_id) for item_id, _ in pool]
+            places = chosen_together(
+                # Counts differ a hundredfold between the first items: their order says more than their size.
+                np.arange(len(pool), 0, -1).astype(np.float32),
+                query.k,
+                diversity=query.diversity,
+                vectors=category_vectors(categories),
+                categories=categories,
+                max_per_category=query.max_per_category,
+            )
+            found = [pool[place] for place in places]
+        return Ranked(
+            [item_id for item_id, _ in found],
+            [count for _, count in found],
+            source="popular",
+            candidate_count=len(pool),
+        )
+
+    def _chosen(
+        self,
+        active: Active,
+        encoded: Tensor,
+        excluded: Numbers,
+        returning: Numbers,
+        query: Query,
+        count: int,
+        mask: npt.NDArray[np.bool_],
+    ) -> tuple[Numbers, Floats]:
+        """The best items with those that return, diversified and capped as the query says; (n,) items and scores."""
+        recommender = active.recommender
+        size = pool_size(query.k) if query.is_diverse else query.k
+        while True:
+            indices, scores = NOTHING, np.zeros(0, np.float32)
+            if count:
+                found, found_scores = recommender.top(encoded, [excluded], min(size, count), mask)
+                indices, scores = found[0][found[0] >= 0], found_scores[0][found[0] >= 0]
+            if len(returning):
+                again = self._resurfacing.scores(recommender, encoded, returning)
+                indices, scores = np.concatenate([indices, returning]), np.concatenate([scores, again])
+                order = np.lexsort((indices, -scores))[:size]
+                indices, scores = indices[order], scores[order]
+            if not query.is_diverse:
+                return indices, scores
+            places = self._together(recommender, indices, scores, query)
+            # Caps may leave too few of a pool: look further down.
+            if len(places) == query.k or len(indices) < size or size >= LARGEST_POOL:
+                return indices[places], scores[places]
+            size = min(4 * size, LARGEST_POOL)
+
+    def _together(self, recommender: Recommender, indices: Numbers, scores: Floats, query: Query) -> list[int]:
+        categories = [self._catalog.categories(item_id) for item_id in recommender.items.ids(indices)]
+        vectors = None
+        if query.diversity > 0:
+            try:
+                vectors = recommender.item_vectors(indices)
+            except ValueError:  # popularity has none
+                vectors = category_vectors(categories)
+        return chosen_together(
+            scores,
+            query.k,
+            diversity=query.diversity,
+            vectors=vectors,
+            categories=categories,
+            max_per_category=query.max_per_category,
+        )
+
+    def _returning(
+        self, active: Active, mask: npt.NDArray[np.bool_], history: History, query: Query, page: Position | None
+    ) -> Numbers:
+        returning = active.item_indices(
+            item_id for item_id in self._resurfacing.item_ids(history) if item_id not in query.exclude
+        )
+        returning = returning[mask[returning]]
+        return returning if page is None else np.setdiff1d(returning, page.shown)
+
+    def _fill(self, item_ids: list[str], active: Active, state: State, query: Query, page: Position | None) -> int:
+        """Add items that the version was not trained on, those of the user's categories first; how many may come."""
+        unseen = active.candidates.unseen()[-MOST_UNSEEN:]
+        if not unseen:
+            return 0
+        may_come = self.may_come(state, query, page)
+        affinity = Affinity(self._catalog, state.history.item_ids)
+        # Equals: the newest first.
+        fitting = sorted(filter(may_come, reversed(unseen)), key=affinity, reverse=True)
+        cap = CategoryCap(self._catalog, query.max_per_category)
+        for item_id in item_ids:
+            cap.add(item_id)
+        for item_id in fitting:
+            if len(item_ids) < query.k and not cap.is_full_for(item_id):
+                cap.add(item_id)
+                item_ids.append(item_id)
+        return len(fitting)
+
+    def may_come(self, state: State, query: Query, page: Position | None) -> Callable[[str], bool]:
+        """A test for single items: visible, within the filters, not seen, not on an earlier page."""
+        left_out = _left_out(state.history, query)
+        catalog, categories = self._catalog, query.categories
+        shown, elsewhere = frozenset[str](), frozenset[int]()
+        if page is not None:
+            elsewhere = page.shown_elsewhere
+            if state.active is not None and len(page.shown):
+                shown = frozenset(state.active.recommender.items.ids(page.shown))
+
+        def test(item_id: str) -> bool:
+            if item_id in left_out or item_id in shown or not catalog.visible(item_id):
+                return False
+            if categories and not categories.admits(catalog.categories(item_id)):
+                return False
+            return not elsewhere or number_of(item_id) not in elsewhere
+
+        return test
+
+
+def _left_out(history: History, query: Query) -> frozenset[str]:
+    if query.include_seen:
+        return query.exclude
+    # Without a copy where there is nothing to add: a history may be long.
+    return history.excluded | query.exclude if query.exclude else history.excluded
+
+
+def _pinned(seen: Numbers, window_length: int, user_index: int) -> Numbers:
+    """The end of a history that the model looked at."""
+    if window_length:
+        return seen[-window_length:]
+    return seen[-PINNED_HISTORY:] if user_index < 0 else NOTHING
