@@ -22,7 +22,7 @@ class RecommendedItem:
     """One place in a list; `score` compares within one answer and nothing else."""
 
     item_id: str
-    score: float
+    score: float | None
     rank: int
     exploration: bool
 
