@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 DATA ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-real-data check format clean bench-import
+.PHONY: help setup demo test test-real-data check format clean bench-import bench-quality
 
 help: ## Show this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -36,6 +36,9 @@ check: setup ## Lint, types, import rules, dependencies
 
 bench-import: setup ## Measure importing 1,000,000 events into SQLite, and how long feedback waits meanwhile
 	$(BIN)/python benchmarks/import_speed.py
+
+bench-quality: setup ## Compute docs/quality.md's tables on the data sets in DATA; goes on from where it ended
+	$(BIN)/python benchmarks/quality.py $(if $(DATA),--data $(DATA))
 
 format: setup ## Format the code and fix what can be fixed
 	$(BIN)/ruff check --fix .

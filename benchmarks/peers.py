@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import subprocess
 from pathlib import Path
@@ -41,14 +42,22 @@ def write_files(split: Split, folder: Path) -> Path:
 
 
 def run_recbole(
-    python: str, folder: Path, split: Split, model: str, settings: dict[str, Any], epochs: int, seed: int = 0
+    python: str,
+    folder: Path,
+    split: Split,
+    model: str,
+    settings: dict[str, Any],
+    epochs: int,
+    *,
+    hours: float = math.inf,
+    seed: int = 0,
 ) -> dict[str, Any]:
     """Train one of RecBole's models on written files; returns what recbole_peer.py printed.
 
     AssertionError if it tested other pairs than the split's.
     """
     command = [python, str(RECBOLE), "--data", str(folder), "--model", model]
-    command += ["--settings", json.dumps(settings), "--epochs", str(epochs), "--seed", str(seed)]
+    command += ["--settings", json.dumps(settings), "--epochs", str(epochs), "--hours", str(hours), "--seed", str(seed)]
     # RecBole writes logs and boards beside it; they go where the files are.
     kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     finished = subprocess.run(command, cwd=folder, env=kept, capture_output=True, text=True, check=False)

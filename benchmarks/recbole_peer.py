@@ -37,6 +37,7 @@ def main() -> None:
     parser.add_argument("--model", required=True, help="NeuMF, Caser, BPR, SASRec or another of RecBole's")
     parser.add_argument("--settings", type=json.loads, default={}, help="RecBole's own settings as JSON")
     parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--hours", type=float, default=math.inf, help="start no epoch after so long a training")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
@@ -45,10 +46,13 @@ def main() -> None:
     # RecBole 1.2.1 was written before torch.load refused objects; the file is one it has just saved itself.
     torch.load = partial(torch.load, weights_only=False)
     with tempfile.TemporaryDirectory() as saved:
-        print(json.dumps(run(options.data, options.model, options.settings, options.epochs, options.seed, saved)))
+        sizes = (options.epochs, options.hours, options.seed)
+        print(json.dumps(run(options.data, options.model, options.settings, *sizes, saved)))
 
 
-def run(data: Path, model_name: str, settings: dict[str, Any], epochs: int, seed: int, saved: str) -> dict[str, Any]:
+def run(
+    data: Path, model_name: str, settings: dict[str, Any], epochs: int, hours: float, seed: int, saved: str
+) -> dict[str, Any]:
     """Train one model; returns its metrics, and the seconds and processor seconds of every epoch."""
     is_split = (data / f"{data.name}.train.inter").exists()
     fixed: dict[str, Any] = {
@@ -78,9 +82,13 @@ def run(data: Path, model_name: str, settings: dict[str, Any], epochs: int, seed
     model = get_model(config["model"])(config, train._dataset).to(config["device"])
     trainer = get_trainer(config["MODEL_TYPE"], config["model"])(config, model)
     training, validating, testing = Timer(), Timer(), Timer()
-    trainer._train_epoch = training.around(trainer._train_epoch)
+    trainer._train_epoch = within(hours, training.around(trainer._train_epoch))
     trainer._valid_epoch = validating.around(trainer._valid_epoch)
-    trainer.fit(train, validation, verbose=False, saved=True, show_progress=False)
+    out_of_time = False
+    try:
+        trainer.fit(train, validation, verbose=False, saved=True, show_progress=False)
+    except OutOfTimeError:
+        out_of_time = True  # the best epoch so far is on disk
     found = {"test": testing.around(trainer.evaluate)(test, load_best_model=True)}
     found["validation"] = trainer.evaluate(validation, load_best_model=False)
     if is_sequential:
@@ -93,6 +101,7 @@ def run(data: Path, model_name: str, settings: dict[str, Any], epochs: int, seed
         "settings": settings,
         "seed": seed,
         "epochs": len(training.seconds),
+        "out_of_time": out_of_time,
         "examples": len(train._dataset),
         "users_tested": len(test._dataset) if is_sequential else len(test.uid_list),
         "test_pairs": pairs_digest(dataset, test._dataset),
@@ -106,6 +115,25 @@ def run(data: Path, model_name: str, settings: dict[str, Any], epochs: int, seed
             for part, m in found.items()
         },
     }
+
+
+class OutOfTimeError(Exception):
+    """The training has taken as long as it may."""
+
+
+def within(hours: float, train_epoch: Any) -> Any:
+    """Let no epoch but the first begin once so many hours have gone by."""
+    started = time.perf_counter()
+    begun = 0
+
+    def limited(*arguments: Any, **keywords: Any) -> Any:
+        nonlocal begun
+        if begun and time.perf_counter() - started > hours * 3600:
+            raise OutOfTimeError
+        begun += 1
+        return train_epoch(*arguments, **keywords)
+
+    return limited
 
 
 class Timer:
