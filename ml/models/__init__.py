@@ -14,13 +14,14 @@ from ml.models.caser import Caser, CaserConfig
 from ml.models.matrix_factorization import MatrixFactorization, MatrixFactorizationConfig
 from ml.models.neumf import NeuMF, NeuMFConfig
 from ml.models.popularity import Popularity, PopularityConfig
-from ml.models.ranking_model import RankingModel
+from ml.models.ranking_model import InnerProducts, RankingModel
 
 __all__ = [
     "CONFIGS",
     "MODELS",
     "Caser",
     "CaserConfig",
+    "InnerProducts",
     "MatrixFactorization",
     "MatrixFactorizationConfig",
     "ModelConfig",

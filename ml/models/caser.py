@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ml.models.ranking_model import Dropout, RankingModel, embedding, negative_distances, pair_scores
+from ml.models.ranking_model import Dropout, InnerProducts, RankingModel, embedding, negative_distances, pair_scores
 
 # Windows up to this length train with the filters laid out in one product: 16 MiB of weights at 16 filters of width 64.
 LAID_OUT_LENGTH = 20
@@ -97,6 +97,11 @@ class Caser(RankingModel):
 
     def item_vectors(self, items: Tensor) -> Tensor:
         return self._targets(items)
+
+    def inner_products(self) -> InnerProducts:
+        table = self.window_factors if self.item_factors is None else self.item_factors
+        biases = None if self.item_bias is None else self.item_bias.weight[:, 0]
+        return InnerProducts(table.weight[: self.num_items], biases, self.config.similarity == "distance")
 
     def _targets(self, items: Tensor) -> Tensor:
         table = self.window_factors if self.item_factors is None else self.item_factors

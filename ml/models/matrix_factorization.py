@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from ml.models.ranking_model import RankingModel, embedding, negative_distances, pair_scores
+from ml.models.ranking_model import InnerProducts, RankingModel, embedding, negative_distances, pair_scores
 
 
 @dataclass(frozen=True)
@@ -52,3 +52,7 @@ class MatrixFactorization(RankingModel):
     def item_vectors(self, items: Tensor) -> Tensor:
         vectors: Tensor = self.item_factors(items)
         return vectors
+
+    def inner_products(self) -> InnerProducts:
+        biases = None if self.item_bias is None else self.item_bias.weight[:, 0]
+        return InnerProducts(self.item_factors.weight, biases, self.config.similarity == "distance")

@@ -74,7 +74,10 @@ class NeuMF(RankingModel):
         width = len(self.factor_weights)
         factors, user_share = encoded[:, :width], encoded[:, width:]
         scores = pair_scores(factors, self.item_factors(items))
-        scores = scores + self._tower(user_share, self.item_layer(self.item_tower(items)))
+        # Computed ahead where weights are at rest and scores few: the same numbers, but for their last bits.
+        ahead = None if self.training or torch.is_grad_enabled() else self._item_share
+        item_share = self.item_layer(self.item_tower(items)) if ahead is None else functional.embedding(items, ahead)
+        scores = scores + self._tower(user_share, item_share)
         return scores if self.item_bias is None else scores + self.item_bias(items).squeeze(-1)
 
     def _tower(self, user_share: Tensor, item_share: Tensor) -> Tensor:
@@ -88,12 +91,19 @@ class NeuMF(RankingModel):
         """An item's weighted factors beside its tower embedding."""
         return torch.cat((self.item_factors(items) * self.factor_weights, self.item_tower(items)), 1)
 
+    def item_share(self) -> Tensor:
+        """The items' share of the tower's first layer, (num_items, hidden[0]): alike for every user.
+
+        Computed once, until weights may change; only within inference mode or without gradients.
+        """
+        if self._item_share is None or self._item_share.device != self.item_tower.weight.device:
+            self._item_share = self.item_layer(self.item_tower.weight)
+        return self._item_share
+
     def score_all(self, encoded: Tensor) -> Tensor:
         if self.training or torch.is_grad_enabled():
             return super().score_all(encoded)
-        if self._item_share is None or self._item_share.device != encoded.device:
-            # The items' share of the first layer is the same for every user: computed once, until weights may change.
-            self._item_share = self.item_layer(self.item_tower.weight)
+        item_shares = self.item_share()
         width = len(self.factor_weights)
         factors, user_share = encoded[:, :width], encoded[:, width:]
         scores = factors @ self.item_factors.weight.T
@@ -102,7 +112,7 @@ class NeuMF(RankingModel):
         block = CPU_BLOCK if scores.device.type == "cpu" else GPU_BLOCK
         wide = min(self.num_items, block)
         for first in range(0, self.num_items, wide):
-            item_share = self._item_share[first : first + wide]
+            item_share = item_shares[first : first + wide]
             for row in range(0, len(encoded), step := max(1, block // wide)):
                 rows = slice(row, row + step)
                 scores[rows, first : first + wide] += self._tower(user_share[rows], item_share)

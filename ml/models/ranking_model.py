@@ -2,10 +2,35 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class InnerProducts:
+    """Items as vectors (n, d) and biases (n,): the score is encoded . vector + bias, or -|encoded - vector|^2."""
+
+    vectors: Tensor
+    biases: Tensor | None
+    is_distance: bool = False
+
+    def as_products(self) -> InnerProducts:
+        """The same without gradients, with biases -|vector|^2 where the scores are distances; see `query`."""
+        vectors = self.vectors.detach()
+        biases = -vectors.square().sum(1) if self.is_distance else self.biases
+        return InnerProducts(vectors, None if biases is None else biases.detach().contiguous(), self.is_distance)
+
+    def query(self, encoded: Tensor) -> tuple[Tensor, float]:
+        """What to multiply vectors with for one encoded user (d,), and a number to add to all products and biases.
+
+        -|e - v|^2 = 2 e . v - |v|^2 - |e|^2.
+        """
+        if not self.is_distance:
+            return encoded, 0.0
+        return 2 * encoded, -float(encoded.double().square().sum())
 
 
 class RankingModel(nn.Module):
@@ -49,7 +74,17 @@ class RankingModel(nn.Module):
 
     def score_all(self, encoded: Tensor) -> Tensor:
         """Score every item for encoded users: (batch, num_items) raw scores."""
-        return self.score(encoded, torch.arange(self.num_items, device=encoded.device))
+        products = self.inner_products()
+        if products is None:
+            return self.score(encoded, torch.arange(self.num_items, device=encoded.device))
+        if products.is_distance:
+            return negative_distances(encoded, products.vectors)
+        scores = pair_scores(encoded, products.vectors)
+        return scores if products.biases is None else scores + products.biases
+
+    def inner_products(self) -> InnerProducts | None:
+        """The items as vectors, if the scores are inner products or distances of those with what `encode` gives."""
+        return None
 
     def item_vectors(self, items: Tensor) -> Tensor:  # noqa: ARG002
         """Vectors (n, d) of `items` (n,) whose cosine says how alike items are."""

@@ -1,0 +1,126 @@
+"""Exact top lists from approximate scores: a cheap pass bounds every score, and what may belong is scored exactly.
+
+A screen says of each group of items how high their exact scores can be at most. The exact scores of some promising
+items put a floor under the k-th best; an item that cannot reach the floor cannot belong to the list, and all others are
+scored exactly. So the list is the exact one, always.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+Indices = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float32]
+Bounds = npt.NDArray[np.float64]
+
+# Items that share a bound, and the highest score among which is found first.
+GROUP = 128
+# Past this share of the catalogue, scoring exactly what a bound leaves costs more than scoring all.
+MOST_CANDIDATES = 0.2
+# Promising items beyond those asked for: the better they are, the higher the floor.
+SPARE = 32
+
+_NEVER = np.float32("-inf")
+
+
+class ScoresNotNumbers(ValueError):  # noqa: N818
+    """A model whose training went astray: nothing can be ranked by its scores."""
+
+    def __init__(self) -> None:
+        super().__init__("the model's scores are not numbers: train it again with a lower learning rate")
+
+
+class Screened(Protocol):
+    """One user's approximate scores."""
+
+    @property
+    def highest(self) -> Bounds:
+        """What the exact score of no item in a group exceeds, (groups,)."""
+
+    def scores(self, groups: Indices) -> Bounds:
+        """What the exact scores in some groups do not exceed, (groups, GROUP)."""
+
+    def items(self, groups: Indices) -> Indices:
+        """The items of some groups, (groups, GROUP); negative where there is none."""
+
+
+class Screen(Protocol):
+    """Bounds the scores of all items for a user."""
+
+    def __call__(self, encoded: Tensor) -> Screened | None:
+        """Score one encoded user, (1, width); None if these scores cannot be bounded."""
+
+
+def screened_top(
+    screen: Screen,
+    encoded: Tensor,
+    rescore: Callable[[Indices], Floats],
+    may_show: Callable[[Indices], npt.NDArray[np.bool_]],
+    k: int,
+    pool: int,
+) -> tuple[Indices, Floats] | None:
+    """Find the k best items of one user, best first, the lower index first where scores tie, and their exact scores.
+
+    `rescore` scores items exactly and `may_show` says which may be shown; `pool` items are expected to hold k of those.
+    None if they do not, or if so many items may belong that scoring everything is faster.
+    """
+    found = screen(encoded)
+    if found is None:
+        return None
+    highest = found.highest
+    pool = min(pool, len(highest))
+    groups = np.argpartition(-highest, pool - 1)[:pool]
+    bounds = found.scores(groups)
+    promising = found.items(groups)[bounds >= bounds.max(1).min()]
+    promising = promising[promising >= 0]
+    exact = rescore(promising[may_show(promising)])
+    if len(exact) < k:
+        return None
+    floor = float(np.partition(exact, len(exact) - k)[len(exact) - k])
+    groups = np.flatnonzero(highest >= floor)
+    left = np.flatnonzero(found.scores(groups) >= floor)
+    if len(left) > max(MOST_CANDIDATES * GROUP * len(highest), 4 * pool):
+        return None
+    candidates = found.items(groups).reshape(-1)[left]
+    candidates = candidates[may_show(candidates)]
+    exact = rescore(candidates)
+    best, values = best_of(exact, k, candidates)
+    return candidates[best], values
+
+
+def best_of(scores: Floats, k: int, items: Indices | None = None) -> tuple[Indices, Floats]:
+    """Find the places of the k highest scores, highest first; where they tie, the lower of `items` or places first.
+
+    Scores of minus infinity are never chosen. Raises ScoresNotNumbers.
+    """
+    count = len(scores)
+    if not count:
+        return np.zeros(0, np.int64), scores
+    if np.isnan(scores.max()):
+        raise ScoresNotNumbers
+    floor = np.partition(scores, count - k)[count - k] if k < count else _NEVER
+    found = np.flatnonzero(scores >= floor)
+    values = scores[found]
+    if floor == _NEVER:
+        found, values = found[values > _NEVER], values[values > _NEVER]
+    order = np.lexsort((found if items is None else items[found], -values))[:k]
+    return found[order], values[order]
+
+
+@functools.cache
+def whole_products_are_exact() -> bool:
+    """Whether this processor multiplies bytes into whole numbers without losing any: some cut off large sums."""
+    try:
+        rows = torch.full((GROUP, 2 * GROUP), 127, dtype=torch.int8)
+        column = torch.full((2 * GROUP, 2), 127, dtype=torch.int8)
+        column[:, 1] = -127
+        found = torch._int_mm(rows, column).tolist()
+    except RuntimeError:  # not built for this processor
+        return False
+    largest = 2 * GROUP * 127 * 127
+    return bool(found == [[largest, -largest]] * GROUP)
