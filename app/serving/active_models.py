@@ -97,7 +97,8 @@ class ActiveModels:
         through = self._erasures_through(manifest)
         candidates = Candidates(recommender.items, self._catalog, through)
         active = Active(version, recommender, manifest, candidates, ItemIndices(recommender.items), through)
-        # The first ranking allocates and touches every page: no request should wait for it.
+        # No request should wait for the tables that make ranking fast, nor for the first ranking, which touches all.
+        recommender.prepare()
         if recommender.num_items and (recommender.num_users or recommender.folds_in):
             user = 0 if recommender.num_users else -1
             recommender.top_k([user], [np.zeros(0, np.int64)], [np.zeros(0, np.int64)], 1)
