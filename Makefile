@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 DATA ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-real-data check format clean bench-import bench-quality
+.PHONY: help setup demo test test-real-data check openapi format clean bench-import bench-quality
 
 help: ## Show this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -39,6 +39,9 @@ bench-import: setup ## Measure importing 1,000,000 events into SQLite, and how l
 
 bench-quality: setup ## Compute docs/quality.md's tables on the data sets in DATA; goes on from where it ended
 	$(BIN)/python benchmarks/quality.py $(if $(DATA),--data $(DATA))
+
+openapi: setup ## Export docs/openapi.json, after a change of the HTTP interface
+	$(BIN)/shortlist openapi --out docs/openapi.json
 
 format: setup ## Format the code and fix what can be fixed
 	$(BIN)/ruff check --fix .

@@ -170,6 +170,22 @@ def migrate() -> None:
     migrate_command()
 
 
+@app.command()
+def openapi(
+    out: Annotated[str, typer.Option(help="File to write; - is the standard output.")] = "-",
+    against: Annotated[
+        Path | None,
+        typer.Option(
+            help="An older description: print what breaks its callers instead, and exit with 1 if anything does."
+        ),
+    ] = None,
+) -> None:
+    """Export the OpenAPI description of the service, or compare it with an older one."""
+    from app.openapi import openapi_command
+
+    openapi_command(out=out, against=against)
+
+
 KeyArgument = Annotated[str, typer.Argument(help="The key's id: the 12 characters after `sl_`.")]
 
 
