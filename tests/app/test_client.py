@@ -27,6 +27,7 @@ from shortlist_client import (
     InvalidError,
     NotFoundError,
     ProblemError,
+    RecommendationOptions,
     RunTimeoutError,
     UnauthorizedError,
     answers,
@@ -119,6 +120,28 @@ def test_items_are_left_out_in_the_address_or_in_a_body(catalogue: None, shortli
         assert sorted(item.item_id for item in found.items) == ITEMS[20:]
     with pytest.raises(ValueError, match="exclude must be a list"):
         shortlist.recommendations("anna", exclude="item-01")
+
+
+def test_pages_go_on_where_the_one_before_ended(catalogue: None, shortlist: Any) -> None:
+    every = [item.item_id for item in shortlist.recommendations("anna", k=30, diversity=0.3, category="odd").items]
+    pages = list(shortlist.recommendation_pages("anna", k=4, diversity=0.3, category="odd"))
+    assert [len(page.items) for page in pages] == [4, 4, 4, 3]
+    assert sorted(item.item_id for page in pages for item in page.items) == sorted(every)
+    first = shortlist.recommendations("anna", k=4)
+    second = shortlist.recommendations("anna", k=4, cursor=first.next_cursor)
+    assert not {item.item_id for item in first.items} & {item.item_id for item in second.items}
+    left_out = [f"other-{number}" for number in range(400)]  # in a body
+    assert sum(len(page.items) for page in shortlist.recommendation_pages("anna", k=20, exclude=left_out)) == 30
+    with pytest.raises(InvalidError, match=r"cursor"):
+        shortlist.recommendations("anna", cursor="forged")
+
+
+def test_filters_hold_together(catalogue: None, shortlist: Any) -> None:
+    asked = {"k": 30, "categories_any": ["odd", "even"], "categories_none": ("odd",), "max_per_category": 7}
+    found = shortlist.recommendations("anna", **asked)
+    assert len(found.items) == 7
+    assert {int(item.item_id[-2:]) % 2 for item in found.items} == {0}
+    assert shortlist.recommendations("anna", categories_all={"odd", "even"}).source == "empty"
 
 
 def test_an_empty_answer_says_why(shortlist: Any) -> None:
@@ -306,6 +329,12 @@ def test_answers_have_the_fields_of_the_service(settings: Settings) -> None:
         assert set(get_type_hints(kind)) == set(schema["properties"]), name
         required = {field.name for field in dataclasses.fields(kind) if field.default is dataclasses.MISSING}
         assert required >= set(schema["required"]) - {"manifest"}, name
+
+
+def test_options_are_those_of_the_service(settings: Settings) -> None:
+    operation = create_app(settings).openapi()["paths"]["/users/{user_id}/recommendations"]["get"]
+    taken = {parameter["name"] for parameter in operation["parameters"] if parameter["in"] == "query"}
+    assert taken == get_type_hints(RecommendationOptions).keys() | {"cursor"}
 
 
 def test_everything_public_is_described() -> None:

@@ -13,6 +13,7 @@ from shortlist_client.answers import (
     User,
 )
 from shortlist_client.async_client import AsyncClient
+from shortlist_client.calls import RecommendationOptions
 from shortlist_client.client import Client
 from shortlist_client.errors import (
     AnswerError,
@@ -53,6 +54,7 @@ __all__ = [
     "OverloadedError",
     "PopularItem",
     "ProblemError",
+    "RecommendationOptions",
     "Recommendations",
     "RecommendedItem",
     "Retries",

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from functools import partial
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypedDict, TypeVar
 from urllib.parse import quote, urlencode, urlsplit
 from uuid import uuid4
 
@@ -35,8 +35,8 @@ from shortlist_client.reading import read
 
 T_co = TypeVar("T_co", covariant=True)
 
-# Longer lists of items to leave out (characters in all) travel in a body: addresses have no room for them.
-MAX_EXCLUDE_IN_URL = 1_000
+# Longer lists (characters in all) travel in a body: addresses have no room for them.
+MAX_LISTS_IN_URL = 1_000
 JSON = {"Content-Type": "application/json"}
 
 
@@ -104,20 +104,37 @@ def headers(key: str | None) -> dict[str, str]:
 # --- recommendations and feedback ------------------------------------------------------------------------------------
 
 
-def recommendations(
-    user_id: str, *, k: int, category: str | None, exclude: Iterable[str], include_seen: bool
-) -> Call[Recommendations]:
+class RecommendationOptions(TypedDict, total=False):
+    """What a list of recommendations may be asked for with; the service decides about what is left out.
+
+    `k`: how many items at most. `category`, `categories_any`, `categories_all`, `categories_none`: only items of this
+    category, with at least one, with each, with none of these. `exclude`: items to leave out, up to 10,000.
+    `include_seen`: whether items come again that the user has interacted with. `diversity`: how much the items shall
+    differ from one another, from 0 to 1. `max_per_category`: how many items of any one category at most.
+    """
+
+    k: int
+    category: str | None
+    categories_any: Iterable[str]
+    categories_all: Iterable[str]
+    categories_none: Iterable[str]
+    exclude: Iterable[str]
+    include_seen: bool
+    diversity: float
+    max_per_category: int | None
+
+
+LISTS = ("categories_any", "categories_all", "categories_none", "exclude")
+
+
+def recommendations(user_id: str, options: RecommendationOptions, cursor: str | None = None) -> Call[Recommendations]:
     path = f"/users/{_part(user_id)}/recommendations"
-    left_out = _list("exclude", exclude)
-    body: dict[str, Any] = {"k": k}
-    if category is not None:
-        body["category"] = category
-    if include_seen:
-        body["include_seen"] = True
-    if sum(map(len, left_out)) > MAX_EXCLUDE_IN_URL:
-        content = _json(body | {"exclude": left_out})
-        return Call("POST", path, partial(read, Recommendations), content=content, headers=JSON)
-    return Call("GET", _with(path, body | {"exclude": left_out}), partial(read, Recommendations))
+    given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
+    lists = {name: _list(name, given[name]) for name in LISTS if name in given}
+    asked = given | lists | ({} if cursor is None else {"cursor": cursor})
+    if sum(len(text) for texts in lists.values() for text in texts) > MAX_LISTS_IN_URL:
+        return Call("POST", path, partial(read, Recommendations), content=_json(asked), headers=JSON)
+    return Call("GET", _with(path, asked), partial(read, Recommendations))
 
 
 def popular(*, k: int, category: str | None) -> Call[PopularItems]:
@@ -249,13 +266,13 @@ def _list(name: str, given: Iterable[str]) -> list[str]:
     return list(given)
 
 
-def _with(path: str, parameters: Mapping[str, str | int | bool | list[str] | None]) -> str:
+def _with(path: str, parameters: Mapping[str, str | float | list[str] | None]) -> str:
     """A path with its query; what is None is left out, a list is repeated."""
     given = {name: _plain(value) for name, value in parameters.items() if value is not None}
     return f"{path}?{urlencode(given, doseq=True, quote_via=quote)}"
 
 
-def _plain(value: str | int | bool | list[str]) -> str | list[str]:
+def _plain(value: str | float | list[str]) -> str | list[str]:
     if isinstance(value, bool):
         return "true" if value else "false"
     return value if isinstance(value, list) else str(value)

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Self, TypeVar, Unpack
 
 import httpx2
 
@@ -22,7 +22,7 @@ from shortlist_client.answers import (
     RunState,
     User,
 )
-from shortlist_client.calls import Call
+from shortlist_client.calls import Call, RecommendationOptions
 from shortlist_client.errors import RunTimeoutError
 from shortlist_client.events import Event
 from shortlist_client.retries import Retries, Tries
@@ -64,18 +64,20 @@ class Client:
     # --- recommendations and feedback ---
 
     def recommendations(
-        self,
-        user_id: str,
-        *,
-        k: int = 10,
-        category: str | None = None,
-        exclude: Iterable[str] = (),
-        include_seen: bool = False,
+        self, user_id: str, *, cursor: str | None = None, **options: Unpack[RecommendationOptions]
     ) -> Recommendations:
-        """What to show to a user now; somebody nobody has seen gets popular items."""
-        return self._send(
-            calls.recommendations(user_id, k=k, category=category, exclude=exclude, include_seen=include_seen)
-        )
+        """What to show to a user now, as the options of RecommendationOptions say; a stranger gets popular items.
+
+        With the `next_cursor` of an answer and the same options: what comes after it.
+        """
+        return self._send(calls.recommendations(user_id, options, cursor))
+
+    def recommendation_pages(self, user_id: str, **options: Unpack[RecommendationOptions]) -> Iterator[Recommendations]:
+        """A list in parts of `k` items, to its end: nothing comes twice, nor what the user consumed meanwhile.
+
+        Raises GoneError where the version that ranked has left between two pages: begin again.
+        """
+        yield from self._pages(lambda cursor: calls.recommendations(user_id, options, cursor))
 
     def popular(self, *, k: int = 10, category: str | None = None) -> tuple[PopularItem, ...]:
         """What most people choose."""
