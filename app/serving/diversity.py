@@ -34,8 +34,8 @@ def chosen_together(
     """Choose up to k places of `scores` (n,), best first, in the order to show them.
 
     Each next one has the highest (1 - diversity) * relevance - diversity * likeness: its score on the scale from the
-    lowest (0) to the highest (1) of all n, and the largest cosine of its vector with those chosen before. With
-    `max_per_category`, no category of `categories` (n,) comes more often than that. Ties: the lower place.
+    lowest (0) to the highest (1) of all n, and the largest cosine of its vector with those chosen before, or 0 if none
+    is above. With `max_per_category`, no category of `categories` (n,) comes more often. Ties: the lower place.
     `vectors` (n, d) are needed where `diversity` is above 0.
     Source: Carbonell and Goldstein 1998, MMR.
     """
@@ -55,12 +55,13 @@ def chosen_together(
             for category in of_item:
                 members[category].append(place)
     value = (1 - diversity) * relevance
-    likeness = np.full(size, -1, np.float32)  # no cosine is lower
+    # To point away is unlike, and no more: it would bring what the user likes least.
+    likeness = np.zeros(size, np.float32)
     counts = Counter[str]()
     open_places = np.ones(size, np.bool_)
     chosen: list[int] = []
     while len(chosen) < k:
-        marginal = value if units is None or not chosen else value - diversity * likeness
+        marginal = value if units is None else value - diversity * likeness
         best = int(np.where(open_places, marginal, -np.inf).argmax())
         if not open_places[best]:
             break
