@@ -1,6 +1,6 @@
 """A model with its id maps: the one object that ranks, in evaluation and in the service alike."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import Any, TypeAlias
 
@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 
 from ml.ids import IdMap
-from ml.inner_product_screen import InnerProductScreen
 from ml.interactions import Interactions
-from ml.models import InnerProducts, NeuMF, RankingModel
-from ml.neumf_screen import NeuMFScreen
-from ml.screening import SPARE, Floats, ScoresNotNumbers, Screen, best_of, screened_top, whole_products_are_exact
+from ml.models import RankingModel
+from ml.prepared import Prepared
+from ml.screening import ScoresNotNumbers
 
 __all__ = ["Recommender", "ScoresNotNumbers", "best", "windows_from_histories", "windows_from_interactions"]
 
@@ -23,13 +22,6 @@ AnyIndices: TypeAlias = npt.NDArray[Any] | Sequence[int]
 
 UNKNOWN = -1
 _NEVER = float("-inf")
-
-# Catalogues from which on a screen finds the best items sooner than scores of all do; measured by
-# benchmarks/ranking.py.
-PRODUCTS_SCREENED_FROM = 50_000
-NEUMF_SCREENED_FROM = 20_000
-# Where fewer items than this share may be shown, those alone are scored.
-FEW_ALLOWED = 1 / 64
 
 
 def windows_from_histories(histories: Sequence[AnyIndices], length: int, padding: int) -> Indices:
@@ -114,27 +106,20 @@ class Recommender:
         self.items = items
         tensor = next(chain[Tensor](model.parameters(), model.buffers()), None)
         self.device = torch.device("cpu") if tensor is None else tensor.device
-        self._products: InnerProducts | None = None
-        self._screen: Screen | None = None
+        self._prepared: Prepared | None = None
 
-    def prepare(self, *, screened_from: int | None = None) -> None:
-        """Build what ranking one user at a time needs to be fast: call it once the weights are final.
+    def prepare(
+        self,
+        *,
+        screened_from: int | None = None,
+        on_ranked: Callable[[str], None] = lambda way: None,  # noqa: ARG005
+    ) -> None:
+        """Build what ranking for one user at a time needs to be fast, once the weights are final; see Prepared.
 
         Without it, every item is scored for every ranking. The lists are the same, ties within rounding aside.
-        `screened_from` is the number of items from which on a screen is built; by default what was measured.
         """
-        if self.device.type != "cpu":
-            return
-        with torch.inference_mode():
-            products = self.model.inner_products()
-            if products is not None:
-                products = self._products = products.as_products()
-                if self.num_items >= (screened_from or PRODUCTS_SCREENED_FROM) and whole_products_are_exact():
-                    self._screen = InnerProductScreen(products)
-            elif isinstance(self.model, NeuMF):
-                self.model.item_share()
-                if self.num_items >= (screened_from or NEUMF_SCREENED_FROM) and whole_products_are_exact():
-                    self._screen = NeuMFScreen(self.model)
+        if self.device.type == "cpu":
+            self._prepared = Prepared(self.model, screened_from=screened_from, on_ranked=on_ranked)
 
     @property
     def num_users(self) -> int:
@@ -179,11 +164,12 @@ class Recommender:
         if k < 1:
             raise ValueError("k must be at least 1")
         with torch.inference_mode():
-            if self.device.type == "cpu" and (len(encoded) == 1 or self._screen is not None):
-                chosen = np.full((len(encoded), k), UNKNOWN, np.int64)
-                kept = np.full((len(encoded), k), _NEVER, np.float32)
+            chosen = np.full((len(encoded), k), UNKNOWN, np.int64)
+            kept = np.full((len(encoded), k), _NEVER, np.float32)
+            if self._prepared is not None and (len(encoded) == 1 or self._prepared.is_screened):
                 for row, items in enumerate(excluded):
-                    found, values = self._top_of_one(encoded[row : row + 1], items, k, allowed)
+                    out = np.asarray(items, np.int64)
+                    found, values = self._prepared.top(encoded[row : row + 1], out[out >= 0], k, allowed)
                     chosen[row, : len(found)], kept[row, : len(found)] = found, values
                 return chosen, kept
             scores = self._all_scores(encoded)
@@ -194,61 +180,9 @@ class Recommender:
             if allowed is not None:
                 scores.masked_fill_(torch.from_numpy(~allowed).to(self.device), _NEVER)
             best_values, indices = best(scores, k)
-            chosen = np.full((len(encoded), k), UNKNOWN, np.int64)
-            kept = np.full((len(encoded), k), _NEVER, np.float32)
             chosen[:, : indices.shape[1]] = indices.cpu().numpy()
             kept[:, : best_values.shape[1]] = best_values.cpu().numpy()
             return chosen, kept
-
-    def _top_of_one(
-        self, encoded: Tensor, excluded: AnyIndices, k: int, allowed: npt.NDArray[np.bool_] | None
-    ) -> tuple[Indices, Floats]:
-        """The same for one encoded user, (1, width), as long as there are items: one row of each."""
-        out = np.asarray(excluded, np.int64)
-        out = out[out >= 0]
-        if self._screen is not None:
-            found = self._screened(self._screen, encoded, out, k, allowed)
-            if found is not None:
-                return found
-        scores = self._scores_of_one(encoded)
-        if allowed is not None:
-            scores[~allowed] = _NEVER
-        scores[out] = _NEVER
-        return best_of(scores, k)
-
-    def _screened(
-        self, screen: Screen, encoded: Tensor, out: Indices, k: int, allowed: npt.NDArray[np.bool_] | None
-    ) -> tuple[Indices, Floats] | None:
-        def rescore(items: Indices) -> Floats:
-            scores: Floats = self.model.score(encoded, torch.from_numpy(items)[None])[0].float().numpy()
-            return scores
-
-        def may_show(items: Indices) -> npt.NDArray[np.bool_]:
-            shown = np.ones(len(items), np.bool_) if allowed is None else allowed[items]
-            if len(out):
-                shown &= out[np.minimum(np.searchsorted(out, items), len(out) - 1)] != items
-            return shown
-
-        out = np.sort(out)
-        share = 1.0 if allowed is None else np.count_nonzero(allowed) / len(allowed)
-        if share < FEW_ALLOWED and allowed is not None:
-            few = np.flatnonzero(allowed)
-            few = few[may_show(few)]
-            best_few, values = best_of(rescore(few), k)
-            return few[best_few], values
-        return screened_top(screen, encoded, rescore, may_show, k, int((k + len(out)) / share) + SPARE)
-
-    def _scores_of_one(self, encoded: Tensor) -> Floats:
-        """Scores of all items for one user, (num_items,), for the caller to change."""
-        if self._products is None:
-            return self._all_scores(encoded)[0].numpy()
-        query, offset = self._products.query(encoded[0])
-        scores: Floats = self._products.vectors.numpy() @ query.numpy()
-        if self._products.biases is not None:
-            scores += self._products.biases.numpy()
-        if offset:
-            scores += np.float32(offset)
-        return scores
 
     def top_k(
         self,
@@ -286,6 +220,10 @@ class Recommender:
             if not self.folds_in:
                 raise ValueError("this model cannot rank for a user it was not trained on")
             users = np.where(users < 0, self.num_users, users)
+        if self._prepared is not None and len(users) == 1:
+            encoded_alone = self._prepared.encode(int(users[0]), windows[0])
+            if encoded_alone is not None:
+                return encoded_alone
         with torch.inference_mode():
             encoded: Tensor = self.model.encode(
                 torch.from_numpy(users).to(self.device), torch.from_numpy(windows).to(self.device)

@@ -14,7 +14,7 @@ from ml.models.caser import Caser, CaserConfig
 from ml.models.matrix_factorization import MatrixFactorization, MatrixFactorizationConfig
 from ml.models.neumf import NeuMF, NeuMFConfig
 from ml.models.popularity import Popularity, PopularityConfig
-from ml.models.ranking_model import InnerProducts, RankingModel
+from ml.models.ranking_model import InnerProducts, RankingModel, SingleEncoder
 
 __all__ = [
     "CONFIGS",
@@ -30,6 +30,7 @@ __all__ = [
     "Popularity",
     "PopularityConfig",
     "RankingModel",
+    "SingleEncoder",
     "build_model",
     "grown_from",
     "read_config",

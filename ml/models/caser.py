@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ml.models.caser_encoder import CaserEncoder
 from ml.models.ranking_model import Dropout, InnerProducts, RankingModel, embedding, negative_distances, pair_scores
 
 # Windows up to this length train with the filters laid out in one product: 16 MiB of weights at 16 filters of width 64.
@@ -97,6 +98,9 @@ class Caser(RankingModel):
 
     def item_vectors(self, items: Tensor) -> Tensor:
         return self._targets(items)
+
+    def single_encoder(self) -> CaserEncoder:
+        return CaserEncoder(self)
 
     def inner_products(self) -> InnerProducts:
         table = self.window_factors if self.item_factors is None else self.item_factors

@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
+
+
+class SingleEncoder(Protocol):
+    """Encodes one user, -1 for one that nobody has seen, and their window (window_length,): numbers (d,)."""
+
+    def __call__(self, user: int, window: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]: ...
 
 
 @dataclass(frozen=True)
@@ -81,6 +89,10 @@ class RankingModel(nn.Module):
             return negative_distances(encoded, products.vectors)
         scores = pair_scores(encoded, products.vectors)
         return scores if products.biases is None else scores + products.biases
+
+    def single_encoder(self) -> SingleEncoder | None:
+        """Something faster than `encode` for one user at a time, once the weights rest; None if there is nothing."""
+        return None
 
     def inner_products(self) -> InnerProducts | None:
         """The items as vectors, if the scores are inner products or distances of those with what `encode` gives."""

@@ -247,3 +247,18 @@ def test_impossible_sizes_are_refused() -> None:
         Caser(1, 1, CaserConfig(window_length=0))
     with pytest.raises(ValueError, match="unknown model 'neural'"):
         build_model("neural", 1, 1)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_caser_encodes_one_user_as_it_does_a_batch(shared: bool) -> None:
+    model = build_model("caser", 4, 30, {"factors": 6, "window_length": 4, "shared_items": shared}).eval()
+    for weight in model.state_dict().values():
+        weight.normal_()
+    windows = torch.randint(0, 31, (5, 4))
+    users = tensor([0, 3, 2, -1, 4])
+    alone = model.single_encoder()
+    assert alone is not None
+    with torch.no_grad():
+        expected = model.encode(users, windows)
+    for user, window, numbers in zip(users.tolist(), windows.numpy(), expected.numpy(), strict=True):
+        np.testing.assert_allclose(alone(user, window), numbers, rtol=1e-4, atol=1e-4)

@@ -1,0 +1,119 @@
+"""A model whose weights are final, prepared to rank for one user at a time."""
+
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from ml.inner_product_screen import InnerProductScreen
+from ml.models import InnerProducts, NeuMF, RankingModel, SingleEncoder
+from ml.neumf_screen import NeuMFScreen
+from ml.screening import SPARE, Floats, Indices, Screen, best_of, screened_top, whole_products_are_exact
+
+# Catalogues from which on a screen finds the best items sooner than scores of all do; see docs/performance.md.
+PRODUCTS_SCREENED_FROM = 50_000
+NEUMF_SCREENED_FROM = 20_000
+# Where fewer items than this share may be shown, those alone are scored.
+FEW_ALLOWED = 1 / 64
+
+_NEVER = np.float32("-inf")
+
+
+class Prepared:
+    """Ranks on a processor, exactly, each time in the fastest of its ways; safe to call from several threads at once.
+
+    `screened_from` is the number of items from which on a screen is built. `on_ranked` hears of each ranking how its
+    items were found: "scored" (every item that may be shown), "screened".
+    """
+
+    def __init__(
+        self,
+        model: RankingModel,
+        *,
+        screened_from: int | None = None,
+        on_ranked: Callable[[str], None] = lambda way: None,  # noqa: ARG005
+    ) -> None:
+        self._model = model
+        self._on_ranked = on_ranked
+        self._screen: Screen | None = None
+        self._products: InnerProducts | None = None
+        with torch.inference_mode():
+            self._encoder: SingleEncoder | None = model.single_encoder()
+            products = model.inner_products()
+            if products is not None:
+                products = self._products = products.as_products()
+                if model.num_items >= (screened_from or PRODUCTS_SCREENED_FROM) and whole_products_are_exact():
+                    self._screen = InnerProductScreen(products)
+            elif isinstance(model, NeuMF):
+                model.item_share()
+                if model.num_items >= (screened_from or NEUMF_SCREENED_FROM) and whole_products_are_exact():
+                    self._screen = NeuMFScreen(model)
+
+    @property
+    def is_screened(self) -> bool:
+        """Whether a screen stands before the exact scores."""
+        return self._screen is not None
+
+    def encode(self, user: int, window: Indices) -> Tensor | None:
+        """What the model knows of one user, (1, width); None if the model itself is as fast."""
+        if self._encoder is None:
+            return None
+        return torch.from_numpy(self._encoder(user, window))[None]
+
+    def top(
+        self, encoded: Tensor, excluded: Indices, k: int, allowed: npt.NDArray[np.bool_] | None
+    ) -> tuple[Indices, Floats]:
+        """The k best items of one encoded user, (1, width), and their scores; fewer where fewer remain."""
+        if self._screen is None:
+            return self._best_of_all(encoded, excluded, k, allowed)
+        excluded = np.sort(excluded)
+
+        def rescore(items: Indices) -> Floats:
+            scores: Floats = self._model.score(encoded, torch.from_numpy(items)[None])[0].float().numpy()
+            return scores
+
+        def may_show(items: Indices) -> npt.NDArray[np.bool_]:
+            shown = np.ones(len(items), np.bool_) if allowed is None else allowed[items]
+            if len(excluded):
+                shown &= excluded[np.minimum(np.searchsorted(excluded, items), len(excluded) - 1)] != items
+            return shown
+
+        share = 1.0 if allowed is None else np.count_nonzero(allowed) / len(allowed)
+        if allowed is not None and share < FEW_ALLOWED:
+            few = np.flatnonzero(allowed)
+            few = few[may_show(few)]
+            best, values = best_of(rescore(few), k)
+            self._on_ranked("scored")
+            return few[best], values
+        pool = int((k + len(excluded)) / share) + SPARE
+        found = screened_top(self._screen, encoded, rescore, may_show, k, pool)
+        if found is None:
+            return self._best_of_all(encoded, excluded, k, allowed)
+        self._on_ranked("screened")
+        return found
+
+    def _best_of_all(
+        self, encoded: Tensor, excluded: Indices, k: int, allowed: npt.NDArray[np.bool_] | None
+    ) -> tuple[Indices, Floats]:
+        self._on_ranked("scored")
+        scores = self._scores(encoded)
+        if allowed is not None:
+            scores[~allowed] = _NEVER
+        scores[excluded] = _NEVER
+        return best_of(scores, k)
+
+    def _scores(self, encoded: Tensor) -> Floats:
+        """Scores of all items for one user, (num_items,), for the caller to change."""
+        if self._products is None:
+            # Popularity gives its own counts.
+            scores: Floats = self._model.score_all(encoded)[0].float().numpy().copy()
+            return scores
+        query, offset = self._products.query(encoded[0])
+        scores = self._products.vectors.numpy() @ query.numpy()
+        if self._products.biases is not None:
+            scores += self._products.biases.numpy()
+        if offset:
+            scores += np.float32(offset)
+        return scores
