@@ -58,6 +58,7 @@ PROTOCOLS = {
 # In the order in which they are computed.
 ROWS = (
     Row("ml-100k", "neumf", (0.150, 0.076), (0.180, 0.090)),
+    Row("ml-100k", "neumf-recent", (0.150, 0.076), (0.180, 0.090)),
     Row("ml-100k", "caser", (0.215, 0.110), (0.250, 0.130)),
     Row("beauty-sequences", "caser", (0.062, 0.034), (0.100, 0.061)),
     Row("ml-1m-predefined", "neumf", (0.150, 0.295), (0.168, 0.326)),
