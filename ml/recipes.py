@@ -146,6 +146,18 @@ RECIPES: dict[str, Recipe] = {
         batch_size=512,
         epochs=10,
     ),
+    "matrix_factorization": Recipe(
+        name="matrix_factorization",
+        model="matrix_factorization",
+        config=MatrixFactorizationConfig(),
+        negatives=512,
+        shared_negatives=True,
+        recency=0.8,
+        learning_rate=0.002,
+        l2=1e-4,
+        epochs=30,
+    ),
+    "popularity": Recipe(name="popularity", model="popularity", config=PopularityConfig(), epochs=1),
     # For small data in time: smaller groups and steps, at three times the time an epoch.
     "neumf-recent": Recipe(
         name="neumf-recent",
@@ -161,18 +173,6 @@ RECIPES: dict[str, Recipe] = {
         epochs=16,
         patience=5,
     ),
-    "matrix_factorization": Recipe(
-        name="matrix_factorization",
-        model="matrix_factorization",
-        config=MatrixFactorizationConfig(),
-        negatives=512,
-        shared_negatives=True,
-        recency=0.8,
-        learning_rate=0.002,
-        l2=1e-4,
-        epochs=30,
-    ),
-    "popularity": Recipe(name="popularity", model="popularity", config=PopularityConfig(), epochs=1),
     # As the seed texts set the two models up; hinge by overriding the loss.
     "neumf-seeds": Recipe(
         name="neumf-seeds",

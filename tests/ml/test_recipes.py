@@ -78,7 +78,7 @@ def test_the_triplet_loss_makes_the_model_rank_by_distance() -> None:
 
 
 def test_an_unknown_recipe_lists_the_known() -> None:
-    with pytest.raises(ValueError, match="the recipes are neumf, caser, matrix_factorization, popularity, neumf-seeds"):
+    with pytest.raises(ValueError, match=f"the recipes are {', '.join(RECIPES)}"):
         recipe_named("nemf")
 
 
