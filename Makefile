@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 DATA ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-real-data check openapi format clean bench-import bench-quality
+.PHONY: help setup demo test test-real-data check openapi format clean bench-import bench-serving bench-quality
 
 help: ## Show this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -33,6 +33,9 @@ check: setup ## Lint, types, import rules, dependencies
 	$(BIN)/lint-imports
 	$(BIN)/deptry .
 	cd clients/python && $(abspath $(BIN))/deptry src
+
+bench-serving: setup ## Measure one worker on one core beside an empty endpoint (MINUTES=30 of mixed load)
+	PYTHONPATH=. $(BIN)/python benchmarks/serving.py $(if $(MINUTES),--minutes $(MINUTES))
 
 bench-import: setup ## Measure importing 1,000,000 events into SQLite, and how long feedback waits meanwhile
 	$(BIN)/python benchmarks/import_speed.py

@@ -30,6 +30,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         torch.set_num_threads(1)  # several requests rank side by side; each on one core
         await run_in_threadpool(service.start)
         yield
+        service.histories.close()
         await run_in_threadpool(service.stop)
 
     app = FastAPI(

@@ -118,8 +118,9 @@ events = sa.Table(
     # Never name it in an insert: the database fills it in.
     sa.Column("transaction_id", sa.BigInteger, server_default=CurrentTransactionId()),
     sa.Index("ix_events_transaction_id", "transaction_id", sqlite_where=sa.text("transaction_id IS NOT NULL")),
-    # Serves both: an event_id is unique to its user, and one range of this index is a user's history.
     sa.UniqueConstraint("user_id", "event_id"),
+    # A user's history, or what is newer of it: on SQLite an index ends in the row's position by itself.
+    sa.Index("ix_events_user_id_transaction_id", "user_id", "transaction_id"),
     sqlite_autoincrement=True,
 )
 

@@ -6,6 +6,7 @@ import fastapi
 from fastapi import APIRouter, Path, Response
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
+from starlette.concurrency import run_in_threadpool
 
 from app.errors import Problem, responses
 from app.identifiers import Category, ItemId, UserId
@@ -122,7 +123,7 @@ _RESPONSES = responses(401, 403, 404, 410, 422, 503)
     response_model=Recommendations,
     responses=_RESPONSES,
 )
-def get_recommendations(
+async def get_recommendations(
     user_id: UserPath,
     parameters: Annotated[RecommendationParameters, fastapi.Query()],
     service: ServiceDep,
@@ -130,7 +131,7 @@ def get_recommendations(
 ) -> Response:
     """Rank with the active version and what the user did up to this moment. What was answered to `POST /feedback`
     before counts already."""
-    return _rank(service, user_id, parameters, "query")
+    return await _rank(service, user_id, parameters, "query")
 
 
 @router.post(
@@ -139,12 +140,14 @@ def get_recommendations(
     response_model=Recommendations,
     responses=responses(401, 403, 404, 410, 413, 422, 503),
 )
-def post_recommendations(user_id: UserPath, body: RecommendationRequest, service: ServiceDep, _: Recommend) -> Response:
+async def post_recommendations(
+    user_id: UserPath, body: RecommendationRequest, service: ServiceDep, _: Recommend
+) -> Response:
     """The same as the GET; nothing is stored but the log of what was shown."""
-    return _rank(service, user_id, body, "body")
+    return await _rank(service, user_id, body, "body")
 
 
-def _rank(service: Service, user_id: str, asked: _Asked, place: str) -> Response:
+async def _rank(service: Service, user_id: str, asked: _Asked, place: str) -> Response:
     query = Query(
         k=asked.k,
         categories=asked.filter,
@@ -154,8 +157,13 @@ def _rank(service: Service, user_id: str, asked: _Asked, place: str) -> Response
         max_per_category=asked.max_per_category,
         cursor=asked.cursor,
     )
+    history = await service.histories.read(user_id)
+    rank = service.ranker.rank
     try:
-        found = service.ranker.rank(user_id, query)
+        if service.ranker.is_quick and len(asked.exclude) <= MAX_EXCLUDE_IN_URL:
+            found = rank(user_id, query, history)
+        else:
+            found = await run_in_threadpool(rank, user_id, query, history)
     except CursorRefused as error:
         raise Problem(422, "The request is not valid", str(error), field=f"{place}.cursor") from None
     except CursorGone as error:

@@ -11,6 +11,7 @@ import numpy.typing as npt
 from app.erasure import subject_sha256
 from app.serving.catalog import Catalog, Change
 from app.serving.filters import EVERY_CATEGORY, CategoryFilter
+from app.serving.histories import ItemNumbers, Numbers
 from ml.ids import IdMap
 
 Mask = npt.NDArray[np.bool_]
@@ -30,6 +31,27 @@ class ItemIndices:
     def __init__(self, items: IdMap) -> None:
         self._items = items
         self._known: dict[str, int] = {}
+        self._of_number: npt.NDArray[np.int64] = np.zeros(0, np.int64)
+        self._numbered = 0
+        self._lock = threading.Lock()
+
+    def of_numbers(self, items: ItemNumbers, numbers: Numbers) -> npt.NDArray[np.int64]:
+        """The same for items by the numbers that histories give them; of one ItemNumbers always."""
+        if len(numbers) and int(numbers.max()) >= self._numbered:
+            self._number(items)
+        indices = self._of_number[numbers]
+        return indices[indices >= 0]
+
+    def _number(self, items: ItemNumbers) -> None:
+        with self._lock:
+            first, last = self._numbered, len(items)
+            if last > len(self._of_number):
+                # A new one, with room: other threads may be in the middle of reading the old.
+                larger = np.full(max(2 * last, 1_024), -1, np.int64)
+                larger[:first] = self._of_number[:first]
+                self._of_number = larger
+            self._of_number[first:last] = self._items.indices(items.item_ids[first:last])
+            self._numbered = last
 
     def __call__(self, item_ids: Iterable[str]) -> npt.NDArray[np.int64]:
         """The indices in the given order, without those of items that the version does not know."""

@@ -73,10 +73,14 @@ class RankedLists:
         """Rank by a version; None where it knows nothing of the user, or may show nothing."""
         recommender, history = active.recommender, state.history
         user_index = self._active_models.user_index(active, state.user_id)
-        seen = active.item_indices(history.item_ids) if page is None else page.history
+        indices_of = active.item_indices.of_numbers
+        seen = indices_of(history.items, history.interactions) if page is None else page.history
         if user_index < 0 and not (recommender.folds_in and len(seen)):
             return None
-        excluded = active.item_indices(_left_out(history, query))
+        excluded = active.item_indices(query.exclude)
+        if not query.include_seen:
+            left_out = indices_of(history.items, history.left_out)
+            excluded = np.union1d(excluded, left_out) if len(excluded) else left_out
         if page is not None:
             excluded = np.union1d(excluded, page.shown)
         allowed = active.candidates.allowed(query.categories)

@@ -1,17 +1,12 @@
 """One user's answer: read what is known, rank, explore, say where the list goes on, and log what was shown."""
 
-import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
 import numpy as np
-import structlog
-from sqlalchemy.engine import Engine
-from sqlalchemy.exc import SQLAlchemyError
 
-from app.database import is_outage
 from app.serving.active_models import ActiveModels
 from app.serving.catalog import Catalog
 from app.serving.cursors import NO_VERSION, NOTHING, CursorGone, Cursors, Position, digest, number_of
@@ -23,10 +18,9 @@ from app.serving.query import Query
 from app.serving.ranked_lists import Ranked, RankedLists, Source, State
 from app.serving.recommendation_log import RecommendationLog, Shown
 
-log = structlog.get_logger(__name__)
-
-# After the database failed to answer, requests do without it this long rather than wait for it one by one.
-OUTAGE_SECONDS = 1.0
+# A ranking within both bounds stays on the event loop.
+QUICK_SECONDS = 0.002
+QUICK_CATALOG = 50_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +46,6 @@ class Ranker:
     def __init__(
         self,
         *,
-        engine: Engine,
         catalog: Catalog,
         histories: Histories,
         active_models: ActiveModels,
@@ -62,7 +55,6 @@ class Ranker:
         cursors: Cursors,
         recommendation_log: RecommendationLog,
     ) -> None:
-        self._engine = engine
         self._catalog = catalog
         self._histories = histories
         self._active_models = active_models
@@ -71,14 +63,20 @@ class Ranker:
         self._explorer = explorer
         self._cursors = cursors
         self._log = recommendation_log
-        self._outage_until = 0.0
 
-    def rank(self, user_id: str, query: Query) -> Ranking:
-        """Rank for a user, known or not. Answers without the database too, and says so by its source.
+    @property
+    def is_quick(self) -> bool:
+        """Whether `rank` takes so little time that changing threads for it would take longer."""
+        active = self._active_models.current
+        return (active is None or active.seconds <= QUICK_SECONDS) and len(self._catalog) <= QUICK_CATALOG
 
-        Raises CursorRefused and CursorGone where the query's cursor leads nowhere.
+    def rank(self, user_id: str, query: Query, history: History | None) -> Ranking:
+        """Rank for a user, known or not.
+
+        Without a history (the database is away) what is remembered has to do, and the source says so. Raises
+        CursorRefused and CursorGone where the query's cursor leads nowhere.
         """
-        state = self._state(user_id, query)
+        state = self._state(user_id, query, history)
         page = None if query.cursor is None else self._page(state, query)
         ranked = self._ranked(state, query, page)
         list_id = uuid.uuid4().bytes if page is None else page.list_id
@@ -89,33 +87,14 @@ class Ranker:
         self._record(ranking, query, page)
         return ranking
 
-    def forget_outage(self) -> None:
-        """Ask the database again at once: somebody heard it answer."""
-        self._outage_until = 0.0
-
-    def _state(self, user_id: str, query: Query) -> State:
+    def _state(self, user_id: str, query: Query, history: History | None) -> State:
         active = self._active_models.current  # once: nothing below may mix two versions
-        history = self._history(user_id)
         if history is not None:
             return State(user_id, active, history)
         remembered = self._histories.remembered(user_id)
         if remembered is None and query.cursor is None:
             active = None  # a version would rank as if nothing had happened yet; a cursor brings its history along
         return State(user_id, active, remembered or History(), degraded=True)
-
-    def _history(self, user_id: str) -> History | None:
-        if time.monotonic() < self._outage_until:
-            return None
-        try:
-            with self._engine.connect() as connection:
-                self._catalog.follow(connection)
-                return self._histories.read(connection, user_id)
-        except SQLAlchemyError as error:
-            if not is_outage(error):
-                raise
-            self._outage_until = time.monotonic() + OUTAGE_SECONDS
-            log.warning("ranking_without_database", reason=type(error).__name__)
-            return None
 
     def _page(self, state: State, query: Query) -> Position:
         assert query.cursor is not None

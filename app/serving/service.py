@@ -53,7 +53,6 @@ class Service:
     ranker: Ranker
     database_answers: bool = False
     migrated: bool = False
-    _forgotten_through: int = 0
     _stopping: threading.Event = field(default_factory=threading.Event)
     _poll_lock: threading.Lock = field(default_factory=threading.Lock)
     _follower: threading.Thread | None = None
@@ -91,7 +90,7 @@ class Service:
                 log.info("database_answers" if answered else "database_unreachable")
             self.database_answers = answered
             if answered:
-                self.ranker.forget_outage()
+                self.histories.forget_outage()
             self._report()
             return answered
 
@@ -138,10 +137,7 @@ class Service:
             if not self.migrated:
                 return
         self.catalog.poll(connection)
-        if self.catalog.erasures_through > self._forgotten_through:
-            erased = {user for user, at in self.catalog.erased_users.copy().items() if at > self._forgotten_through}
-            self.histories.forget(erased)
-            self._forgotten_through = self.catalog.erasures_through
+        self.histories.forget_erased()
         self.popularity.poll(connection)
         self.active_models.poll(connection)
 
@@ -162,9 +158,7 @@ def build_service(settings: Settings) -> Service:
     store = open_store(settings.resolved_store_url)
     registry = Registry(store, settings.data_dir / "cache")
     catalog = Catalog()
-    histories = Histories(
-        settings.event_meanings, settings.max_history, with_times=settings.resurface_after_days is not None
-    )
+    histories = Histories(engine, catalog, settings.event_meanings, settings.max_history)
     active_models = ActiveModels(registry, store, catalog)
     popularity = Popularity(settings.event_meanings, catalog)
     lost = metrics.counter("recommendation_log_lost", "Answers that did not reach the recommendation log.")
@@ -182,7 +176,6 @@ def build_service(settings: Settings) -> Service:
     cursors = Cursors()
     resurfacing = Resurfacing(settings.resurface_after_days, settings.resurface_discount)
     ranker = Ranker(
-        engine=engine,
         catalog=catalog,
         histories=histories,
         active_models=active_models,

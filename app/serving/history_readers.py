@@ -1,0 +1,282 @@
+"""What is newer than what is known of some users, in one look at the database on a connection that is kept for it.
+
+SQLite is read on the caller's thread: finding a page in memory takes microseconds, a change of threads longer.
+PostgreSQL is asked without waiting: the event loop goes on until the answer is there. Both go past SQLAlchemy, whose
+statements take several times as long as the database itself here.
+"""
+
+import asyncio
+import sqlite3
+from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import psycopg
+from psycopg import pq
+from sqlalchemy.engine import Engine
+from sqlalchemy.exc import DatabaseError, OperationalError
+
+# A user, and the mark from which on events are wanted.
+Asked = tuple[str, int]
+
+# A reader of SQLite that must wait holds up the event loop; only another process's crash makes it wait.
+SQLITE_WAIT_MS = 200
+ANSWER_SECONDS = 5.0
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_MICROSECOND = timedelta(microseconds=1)
+
+
+class Row(NamedTuple):
+    """An event as a history needs it."""
+
+    mark: int  # the position on SQLite, the transaction id on PostgreSQL
+    position: int
+    item_id: str
+    type: str
+    value: float | None
+    occurred_at: int  # microseconds since 1970
+
+
+class Look(NamedTuple):
+    """What one look found, all as of one moment."""
+
+    catalog: tuple[Any, ...]  # changes with every change to the catalogue and every erasure
+    settled: int  # every event whose mark is lower was there to see
+    rows: dict[str, list[Row]]  # by user; those without any are not named
+
+
+class Whole(NamedTuple):
+    """All events of one user in order of time, as columns."""
+
+    settled: int
+    marks: list[int]
+    positions: list[int]
+    event_ids: list[str]
+    item_ids: list[str]
+    types: list[str]
+    values: list[float | None]
+    retracts: list[str | None]
+    occurred_at: list[int]
+
+
+class HistoryReader(Protocol):
+    async def look(self, asked: Sequence[Asked]) -> Look:
+        """Read what is newer. Raises SQLAlchemy's errors; after one the reader is of no more use."""
+
+    def close(self) -> None: ...
+
+
+def open_reader(engine: Engine) -> HistoryReader:
+    """The reader that suits the database."""
+    return PostgresReader(engine) if engine.dialect.name == "postgresql" else SqliteReader(engine)
+
+
+def _driver_connection(engine: Engine) -> Any:
+    """A connection of the driver's own, made as the engine makes them, that does not return to the pool."""
+    try:
+        pooled = engine.raw_connection()
+    except (psycopg.Error, sqlite3.Error) as error:
+        raise OperationalError("connect", None, error) from error
+    connection = pooled.driver_connection
+    pooled.detach()
+    return connection
+
+
+# --- SQLite --------------------------------------------------------------------------------------------------------
+
+_SQLITE_STATE = (
+    "SELECT (SELECT max(updated_at) FROM items), (SELECT max(sequence) FROM erasures),"
+    " (SELECT coalesce(max(position), 0) FROM events)"
+)
+_SQLITE_NEWER = (
+    "SELECT position, item_id, type, value, occurred_at FROM events"
+    " WHERE user_id = ? AND transaction_id IS NULL AND position >= ?"
+)
+_SQLITE_WHOLE = (
+    "SELECT position, position, event_id, item_id, type, value, retracts, occurred_at FROM events"
+    " WHERE user_id = ? ORDER BY occurred_at, position"
+)
+
+
+class SqliteReader:
+    def __init__(self, engine: Engine) -> None:
+        self._connection: sqlite3.Connection = _driver_connection(engine)
+        self._connection.execute(f"PRAGMA busy_timeout = {SQLITE_WAIT_MS}")
+        self._connection.execute("PRAGMA query_only = ON")
+
+    async def look(self, asked: Sequence[Asked]) -> Look:
+        execute = self._connection.execute
+        rows: dict[str, list[Row]] = {}
+        try:
+            execute("BEGIN")
+            try:
+                updated_at, erasure, newest = execute(_SQLITE_STATE).fetchone()
+                for user_id, since in asked:
+                    if since <= newest and (found := execute(_SQLITE_NEWER, (user_id, since)).fetchall()):
+                        rows[user_id] = [
+                            Row(position, position, item_id, type_, value, _microseconds(occurred_at))
+                            for position, item_id, type_, value, occurred_at in found
+                        ]
+            finally:
+                execute("COMMIT")
+        except sqlite3.OperationalError as error:
+            raise OperationalError("look", None, error) from error
+        except sqlite3.Error as error:
+            raise DatabaseError("look", None, error) from error
+        return Look((updated_at, erasure), newest + 1, rows)
+
+    def close(self) -> None:
+        self._connection.close()
+
+
+def _microseconds(written: str) -> int:
+    return (datetime.fromisoformat(written).replace(tzinfo=UTC) - _EPOCH) // _MICROSECOND
+
+
+# --- PostgreSQL ----------------------------------------------------------------------------------------------------
+
+_MICROSECONDS = "(extract(epoch FROM occurred_at) * 1000000)::bigint"
+
+# The first row tells of the database; the others are events, by the place of their user in the question.
+_POSTGRESQL_LOOK = f"""
+    SELECT 0, pg_snapshot_xmin(pg_current_snapshot())::text::bigint, (SELECT max(sequence) FROM erasures),
+        (SELECT max(updated_at) FROM items)::text, NULL, NULL, NULL
+    UNION ALL
+    SELECT asked.place, newer.* FROM unnest($1::text[], $2::bigint[]) WITH ORDINALITY AS asked (user_id, since, place)
+    CROSS JOIN LATERAL (
+        SELECT transaction_id, position, item_id, type, value, {_MICROSECONDS} FROM events
+        WHERE events.user_id = asked.user_id AND events.transaction_id >= asked.since
+        OFFSET 0
+    ) AS newer
+"""  # noqa: S608 - no part of it comes from outside
+_POSTGRESQL_SETTLED = "SELECT pg_snapshot_xmin(pg_current_snapshot())::text::bigint"
+_POSTGRESQL_WHOLE = f"""
+    SELECT transaction_id, position, event_id, item_id, type, value, retracts, {_MICROSECONDS} FROM events
+    WHERE user_id = %s ORDER BY occurred_at, position
+"""  # noqa: S608
+# The plan never changes: two steps down an index for each user, whatever the statistics say.
+_SETTINGS = ("jit = off", "plan_cache_mode = force_generic_plan", "enable_seqscan = off", "enable_bitmapscan = off")
+
+
+class PostgresReader:
+    """One prepared statement through libpq's own non-blocking calls, one question at a time."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._connection = _driver_connection(engine)
+        try:
+            self._connection.autocommit = True
+            for setting in _SETTINGS:
+                self._connection.execute(f"SET {setting}")
+            self._pgconn: pq.abc.PGconn = self._connection.pgconn
+            prepared = self._pgconn.prepare(b"look", _POSTGRESQL_LOOK.encode())
+            if prepared.status != pq.ExecStatus.COMMAND_OK:
+                raise psycopg.errors.error_from_result(prepared)
+            self._pgconn.nonblocking = 1
+        except psycopg.OperationalError as error:
+            self._connection.close()
+            raise OperationalError("look", None, error) from error
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._socket = self._pgconn.socket
+        self._answer: asyncio.Future[pq.abc.PGresult] | None = None
+        self._result: pq.abc.PGresult | None = None
+
+    async def look(self, asked: Sequence[Asked]) -> Look:
+        loop = asyncio.get_running_loop()
+        if self._loop is None:
+            self._loop = loop
+            loop.add_reader(self._socket, self._readable)
+        users = ",".join([_quoted(user_id) for user_id, _ in asked])
+        marks = ",".join([str(since) for _, since in asked])
+        answer = self._answer = loop.create_future()
+        late = loop.call_later(ANSWER_SECONDS, self._fail, psycopg.OperationalError("no answer in time"))
+        try:
+            self._pgconn.send_query_prepared(b"look", [f"{{{users}}}".encode(), f"{{{marks}}}".encode()])
+            while self._pgconn.flush():  # a question that is longer than the socket's buffer
+                await asyncio.sleep(0.001)
+            result = await answer
+            if result.status != pq.ExecStatus.TUPLES_OK:
+                raise psycopg.errors.error_from_result(result)
+        except psycopg.OperationalError as error:
+            raise OperationalError("look", None, error) from error
+        except psycopg.Error as error:
+            raise DatabaseError("look", None, error) from error
+        finally:
+            late.cancel()
+            self._answer = None
+        return _look(result, asked)
+
+    def _readable(self) -> None:
+        pgconn = self._pgconn
+        try:
+            pgconn.consume_input()
+            while not pgconn.is_busy():
+                result = pgconn.get_result()
+                if result is not None:
+                    self._result = result
+                    continue
+                finished, self._result = self._result, None
+                if self._answer is not None and not self._answer.done() and finished is not None:
+                    self._answer.set_result(finished)
+                return
+        except psycopg.Error as error:
+            self._fail(error)
+
+    def _fail(self, error: Exception) -> None:
+        self._stop_listening()  # a socket that was closed would be readable for ever
+        if self._answer is not None and not self._answer.done():
+            self._answer.set_exception(error)
+
+    def _stop_listening(self) -> None:
+        if self._loop is not None and not self._loop.is_closed():
+            self._loop.remove_reader(self._socket)
+
+    def close(self) -> None:
+        self._stop_listening()
+        self._connection.close()
+
+
+def _quoted(user_id: str) -> str:
+    escaped = user_id.replace("\\", "\\\\").replace('"', '\\"')
+    return f'"{escaped}"'
+
+
+def _look(result: "pq.abc.PGresult", asked: Sequence[Asked]) -> Look:
+    value = result.get_value
+    rows: dict[str, list[Row]] = {}
+    settled = 0
+    catalog: tuple[Any, ...] = ()
+    for n in range(result.ntuples):
+        place, mark, position, item_id, type_, amount, occurred_at = [value(n, column) for column in range(7)]
+        if place == b"0":
+            settled, catalog = int(mark or 0), (item_id, position)
+            continue
+        row = Row(
+            int(mark or 0),
+            int(position or 0),
+            (item_id or b"").decode(),
+            (type_ or b"").decode(),
+            None if amount is None else float(amount),
+            int(occurred_at or 0),
+        )
+        rows.setdefault(asked[int(place or 0) - 1][0], []).append(row)
+    return Look(catalog, settled, rows)
+
+
+# --- whole histories -----------------------------------------------------------------------------------------------
+
+
+def read_whole(engine: Engine, user_id: str) -> Whole:
+    """Read all events of a user; blocks."""
+    with engine.connect() as connection:
+        if engine.dialect.name == "postgresql":
+            # Before the events: what commits between the two is read again, and known by its position.
+            settled = int(connection.exec_driver_sql(_POSTGRESQL_SETTLED).scalar_one())
+            rows = connection.exec_driver_sql(_POSTGRESQL_WHOLE, (user_id,)).fetchall()
+        else:
+            settled = connection.exec_driver_sql(_SQLITE_STATE).one()[2] + 1
+            rows = connection.exec_driver_sql(_SQLITE_WHOLE, (user_id,)).fetchall()
+    columns = [list(column) for column in zip(*rows, strict=True)] if rows else [[] for _ in range(8)]
+    if engine.dialect.name == "sqlite":
+        columns[7] = np.array(columns[7], "datetime64[us]").astype(np.int64).tolist()
+    return Whole(settled, *columns)
