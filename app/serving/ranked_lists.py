@@ -29,7 +29,7 @@ Floats = npt.NDArray[np.float32]
 # Of the items that no version was trained on, so many at most may fill the end of a list.
 MOST_UNSEEN = 10_000
 # What a cursor keeps of a history where a model that looks at no window folds it in.
-PINNED_HISTORY = 64
+PINNED_HISTORY = 100
 
 
 @dataclass(frozen=True, slots=True)
