@@ -160,7 +160,7 @@ async def _rank(service: Service, user_id: str, asked: _Asked, place: str) -> Re
     history = await service.histories.read(user_id)
     rank = service.ranker.rank
     try:
-        if service.ranker.is_quick and len(asked.exclude) <= MAX_EXCLUDE_IN_URL:
+        if service.ranker.is_quick(query):
             found = rank(user_id, query, history)
         else:
             found = await run_in_threadpool(rank, user_id, query, history)

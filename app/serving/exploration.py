@@ -17,6 +17,7 @@ import numpy as np
 from app.serving.active_models import Active
 from app.serving.catalog import Catalog
 from app.serving.diversity import CategoryCap
+from app.serving.histories import History
 from app.serving.popularity import Popularity
 
 # So many items at most take part at a time; which ones changes with every turn.
@@ -31,9 +32,9 @@ AFFINITY_HISTORY = 100
 class Affinity:
     """How much of a user's recent history is of a category."""
 
-    def __init__(self, catalog: Catalog, history: Sequence[str]) -> None:
+    def __init__(self, catalog: Catalog, history: History) -> None:
         self._catalog = catalog
-        recent = history[-AFFINITY_HISTORY:]
+        recent = history.latest(AFFINITY_HISTORY)
         counts = Counter[str]()
         for item_id in recent:
             counts.update(set(catalog.categories(item_id)))

@@ -86,20 +86,14 @@ class History:
         """The interactions' items."""
         return tuple(self._named(self.interactions))
 
-    @property
-    def times(self) -> tuple[float, ...]:
-        """Of each of `item_ids`, in seconds since 1970."""
-        return tuple((self.interacted_at / 1e6).tolist())
+    def latest(self, count: int) -> list[str]:
+        """The items of the last so many interactions, oldest first."""
+        return self._named(self.interactions[-count:])
 
     @property
     def excluded(self) -> frozenset[str]:
         """The items that later answers leave out."""
         return frozenset(self._named(self.left_out))
-
-    @property
-    def kept_out(self) -> frozenset[str]:
-        """Those excluded by an event that is no interaction, such as a dislike."""
-        return frozenset(self._named(self.kept_out_for_good))
 
     def _named(self, numbers: Numbers) -> list[str]:
         item_ids = self.items.item_ids

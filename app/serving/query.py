@@ -9,6 +9,8 @@ from app.serving.filters import EVERY_CATEGORY, CategoryFilter
 
 # Longer lists of excluded items enter the log as their length.
 LOGGED_EXCLUDES = 100
+# Asking for more items than this, or leaving out more, takes time.
+FEW = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +29,12 @@ class Query:
     def is_diverse(self) -> bool:
         """Whether the order depends on more than the items' scores."""
         return self.diversity > 0 or self.max_per_category is not None
+
+    @property
+    def is_simple(self) -> bool:
+        """Whether it asks for nothing that takes time of its own."""
+        few = self.k <= FEW and len(self.exclude) <= FEW
+        return few and self.cursor is None and not self.is_diverse and not self.categories
 
     def filters_digest(self) -> bytes:
         """Eight bytes that two queries share if and only if their pages may follow one another."""

@@ -195,10 +195,10 @@ class RankedLists:
     def _returning(
         self, active: Active, mask: npt.NDArray[np.bool_], history: History, query: Query, page: Position | None
     ) -> Numbers:
-        returning = active.item_indices(
-            item_id for item_id in self._resurfacing.item_ids(history) if item_id not in query.exclude
-        )
+        returning = active.item_indices.of_numbers(history.items, self._resurfacing.numbers(history))
         returning = returning[mask[returning]]
+        if len(returning) and query.exclude:
+            returning = np.setdiff1d(returning, active.item_indices(query.exclude))
         return returning if page is None else np.setdiff1d(returning, page.shown)
 
     def _fill(self, item_ids: list[str], active: Active, state: State, query: Query, page: Position | None) -> int:
@@ -207,7 +207,7 @@ class RankedLists:
         if not unseen:
             return 0
         may_come = self.may_come(state, query, page)
-        affinity = Affinity(self._catalog, state.history.item_ids)
+        affinity = Affinity(self._catalog, state.history)
         # Equals: the newest first.
         fitting = sorted(filter(may_come, reversed(unseen)), key=affinity, reverse=True)
         cap = CategoryCap(self._catalog, query.max_per_category)

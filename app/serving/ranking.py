@@ -64,11 +64,15 @@ class Ranker:
         self._cursors = cursors
         self._log = recommendation_log
 
-    @property
-    def is_quick(self) -> bool:
+    def is_quick(self, query: Query) -> bool:
         """Whether `rank` takes so little time that changing threads for it would take longer."""
         active = self._active_models.current
-        return (active is None or active.seconds <= QUICK_SECONDS) and len(self._catalog) <= QUICK_CATALOG
+        return (
+            query.is_simple
+            and not self._explorer.explores
+            and (active is None or active.seconds <= QUICK_SECONDS)
+            and len(self._catalog) <= QUICK_CATALOG
+        )
 
     def rank(self, user_id: str, query: Query, history: History | None) -> Ranking:
         """Rank for a user, known or not.
@@ -122,7 +126,7 @@ class Ranker:
             ranked=ranked.item_ids,
             version=ranked.active,
             may_come=self._lists.may_come(state, query, page),
-            affinity=Affinity(self._catalog, state.history.item_ids),
+            affinity=Affinity(self._catalog, state.history),
             cap=CategoryCap(self._catalog, query.max_per_category),
         )
 

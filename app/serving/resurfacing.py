@@ -1,6 +1,5 @@
 """Items that a user has seen come again after a set time, at a set discount."""
 
-from collections.abc import Iterable
 from datetime import UTC, datetime, timedelta
 from functools import lru_cache
 
@@ -8,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from app.serving.histories import History
+from app.serving.histories import History, Numbers
 from ml.recommender import Indices, Recommender
 
 # So many items stand for the catalogue where an average score is asked for.
@@ -22,17 +21,15 @@ class Resurfacing:
         self._after = None if after_days is None else timedelta(days=after_days)
         self._discount = discount
 
-    def item_ids(self, history: History) -> Iterable[str]:
-        """Items of the history whose last interaction lies far enough back, but none that is kept out for good."""
-        if self._after is None or not history.item_ids:
-            return ()
-        before = (datetime.now(UTC) - self._after).timestamp()
-        latest = dict(zip(history.item_ids, history.times, strict=True))  # the last of an item stays
-        return [
-            item_id
-            for item_id, time in latest.items()
-            if time <= before and item_id in history.excluded and item_id not in history.kept_out
-        ]
+    def numbers(self, history: History) -> Numbers:
+        """Items of the history, by their numbers, that were long not interacted with; none kept out for good."""
+        if self._after is None or not len(history.interactions):
+            return history.interactions[:0]
+        before = (datetime.now(UTC) - self._after).timestamp() * 1e6
+        # Oldest first: the first of the reversed is the last of an item.
+        items, last = np.unique(history.interactions[::-1], return_index=True)
+        items = items[history.interacted_at[::-1][last] <= before]
+        return items[np.isin(items, history.left_out) & ~np.isin(items, history.kept_out_for_good)]
 
     def scores(self, recommender: Recommender, encoded: Tensor, items: Indices) -> npt.NDArray[np.float32]:
         """What returning items (n,) score: the discount is the share that they lose of their lead over an average item.

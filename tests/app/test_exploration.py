@@ -12,6 +12,7 @@ from sqlalchemy.engine import Engine
 from app.main import create_app
 from app.serving.diversity import CategoryCap
 from app.serving.exploration import Affinity, seed_of
+from app.serving.histories import History
 from app.settings import Settings
 from app.tables import recommendation_log
 
@@ -112,7 +113,7 @@ def test_the_same_answer_explores_the_same(exploring: Exploring, publish: Any) -
             ranked=ITEMS,
             version=service.active_models.current,
             may_come=catalog.visible,
-            affinity=Affinity(catalog, []),
+            affinity=Affinity(catalog, History()),
             cap=CategoryCap(catalog, None),
         )
         return draws

@@ -82,12 +82,12 @@ def check(engine: Engine, worker: Worker, *user_ids: str) -> None:
         for user_id, history in zip(user_ids, worker.read(*user_ids), strict=True):
             assert history is not None
             assert (history.item_ids, history.excluded, history.feedback_through) == expected(connection, user_id)
-            times = dict(zip(history.item_ids, history.times, strict=True))
+            times = dict(zip(history.item_ids, (history.interacted_at / 1e6).tolist(), strict=True))
             rows = connection.execute(sa.select(events).where(events.c.user_id == user_id)).all()
             assert times.items() <= {(row.item_id, row.occurred_at.timestamp()) for row in rows}
-            assert history.kept_out <= history.excluded
+            kept_out = {history.items.item_ids[number] for number in history.kept_out_for_good}
             against = {row.item_id for row in rows if row.type in {"dislike", "rating"}}
-            assert history.kept_out <= against
+            assert kept_out <= history.excluded & against
 
 
 @pytest.mark.parametrize("seed", range(3))

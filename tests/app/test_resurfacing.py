@@ -60,7 +60,7 @@ def test_items_return_at_a_discount(returning: Returning, publish: Any) -> None:
         if index not in (2, 4)
     }
     found = ask(client)
-    assert found == pytest.approx(expected, rel=1e-5)
+    assert found == pytest.approx(expected, rel=1e-3, abs=1e-2)  # in 32 bits, by sums in another order
     assert list(found.values()) == sorted(found.values(), reverse=True)
     assert ask(client, exclude=["item-01"]).keys() == found.keys() - {"item-01"}
     assert ask(client, k=5, diversity=0.1).keys() <= found.keys()
