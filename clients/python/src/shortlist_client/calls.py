@@ -269,7 +269,8 @@ def _list(name: str, given: Iterable[str]) -> list[str]:
 def _with(path: str, parameters: Mapping[str, str | float | list[str] | None]) -> str:
     """A path with its query; what is None is left out, a list is repeated."""
     given = {name: _plain(value) for name, value in parameters.items() if value is not None}
-    return f"{path}?{urlencode(given, doseq=True, quote_via=quote)}"
+    query = urlencode(given, doseq=True, quote_via=quote)
+    return f"{path}?{query}" if query else path
 
 
 def _plain(value: str | float | list[str]) -> str | list[str]:
