@@ -13,25 +13,11 @@ from sqlalchemy.engine import Connection
 
 from app.serving.catalog import Catalog
 from app.serving.filters import EVERY_CATEGORY, CategoryFilter
-from app.tables import events
-from ml.snapshots import ANY_TYPE, RETRACT, EventMeaning, meaning_of
+from app.serving.interaction_counts import mark_of, new_interactions, safe_through
+from ml.snapshots import EventMeaning
 
 # Orders of categories kept beside the whole one.
 REMEMBERED_CATEGORIES = 256
-
-
-def interaction_condition(meanings: Mapping[str, EventMeaning], table: sa.FromClause) -> sa.ColumnElement[bool]:
-    """The SQL for "this event is an interaction", from the same table that history and snapshots read."""
-    named = [type_ for type_ in meanings if type_ != ANY_TYPE]
-
-    def enough(meaning: EventMeaning) -> sa.ColumnElement[bool]:
-        if not meaning.in_history:
-            return sa.false()
-        return sa.true() if meaning.minimum_value is None else table.c.value >= meaning.minimum_value
-
-    alternatives = [sa.and_(table.c.type == type_, enough(meanings[type_])) for type_ in named if type_ != RETRACT]
-    others = sa.and_(table.c.type.not_in([*named, RETRACT]), enough(meaning_of(meanings, ANY_TYPE)))
-    return sa.or_(others, *alternatives)
 
 
 @dataclass(frozen=True)
@@ -93,7 +79,7 @@ class Popularity:
     def poll(self, connection: Connection) -> None:
         """Count the events that came since, and bring the order up to date."""
         erasures = self._catalog.erasures_through
-        through = _safe_through(connection)
+        through = safe_through(connection)
         if erasures != self._erasures_through:  # the events of what was erased are gone: count those that are left
             counts, since = Counter[str](), 0
         else:
@@ -105,47 +91,15 @@ class Popularity:
         self.loaded = True
 
     def _count(self, connection: Connection, counts: Counter[str], since: int, through: int) -> bool:
-        mark = _mark(connection)
-        retract, earlier = events.alias("retract"), events.alias("earlier")
-        taken_back = (
-            sa.select(events.c.position, events.c.item_id)
-            .join_from(
-                retract,
-                events,
-                sa.and_(events.c.user_id == retract.c.user_id, events.c.event_id == retract.c.retracts),
-            )
-            .where(
-                retract.c.type == RETRACT,
-                retract.c[mark] > since,
-                retract.c[mark] <= through,
-                interaction_condition(self._meanings, events),
-                # An event may be taken back more than once, and counts as taken back once.
-                ~sa.exists().where(
-                    earlier.c.user_id == retract.c.user_id,
-                    earlier.c.retracts == retract.c.retracts,
-                    earlier.c[mark] <= since,
-                ),
-            )
-            .distinct()
-            .subquery()
+        came, taken_back = (
+            connection.execute(sa.select(rows.c.item_id, sa.func.count()).group_by(rows.c.item_id)).all()
+            for rows in new_interactions(self._meanings, mark_of(connection), since, through)
         )
-        counted = (
-            sa.select(events.c.item_id, sa.func.count())
-            .where(
-                events.c[mark] > since,
-                events.c[mark] <= through,
-                interaction_condition(self._meanings, events),
-            )
-            .group_by(events.c.item_id)
-        )
-        added = connection.execute(counted).all()
-        by_item = sa.select(taken_back.c.item_id, sa.func.count()).group_by(taken_back.c.item_id)
-        removed = connection.execute(by_item).all()
-        for item_id, count in added:
+        for item_id, count in came:
             counts[item_id] += count
-        for item_id, count in removed:
+        for item_id, count in taken_back:
             counts[item_id] -= count
-        return bool(added or removed)
+        return bool(came or taken_back)
 
     def _sort(self) -> None:
         revision = self._catalog.revision
@@ -166,15 +120,3 @@ class Popularity:
                     order.of_category.clear()
                 order.of_category[category] = item_ids
         return item_ids
-
-
-def _mark(connection: Connection) -> str:
-    return "transaction_id" if connection.dialect.name == "postgresql" else "position"
-
-
-def _safe_through(connection: Connection) -> int:
-    """Up to where no event can still appear: PostgreSQL's commits come out of the order of positions."""
-    if connection.dialect.name == "postgresql":
-        oldest_running = sa.text("SELECT pg_snapshot_xmin(pg_current_snapshot())::text::bigint")
-        return int(connection.execute(oldest_running).scalar_one()) - 1
-    return int(connection.execute(sa.select(sa.func.max(events.c.position))).scalar() or 0)

@@ -1,0 +1,98 @@
+"""Which interactions came, and which were taken back, since an earlier look at the events."""
+
+from collections.abc import Mapping
+from datetime import datetime
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Connection
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.sql.compiler import SQLCompiler
+from sqlalchemy.sql.functions import FunctionElement
+
+from app.tables import events
+from ml.snapshots import ANY_TYPE, RETRACT, EventMeaning, meaning_of
+
+
+class HourOf(FunctionElement[int]):
+    """The hours since 1970 of a column of times."""
+
+    type = sa.BigInteger()
+    inherit_cache = True
+
+    def __init__(self, column: sa.ColumnElement[datetime]) -> None:
+        super().__init__(column)
+
+
+@compiles(HourOf, "postgresql")
+def _hour_postgresql(element: HourOf, compiler: SQLCompiler, **options: Any) -> str:
+    return f"floor(extract(epoch from {compiler.process(element.clauses, **options)}) / 3600)::bigint"
+
+
+@compiles(HourOf)
+def _hour_elsewhere(element: HourOf, compiler: SQLCompiler, **options: Any) -> str:
+    return f"(CAST(strftime('%s', {compiler.process(element.clauses, **options)}) AS INTEGER) / 3600)"
+
+
+def interaction_condition(meanings: Mapping[str, EventMeaning], table: sa.FromClause) -> sa.ColumnElement[bool]:
+    """The SQL for "this event is an interaction", from the same table that history and snapshots read."""
+    named = [type_ for type_ in meanings if type_ != ANY_TYPE]
+
+    def enough(meaning: EventMeaning) -> sa.ColumnElement[bool]:
+        if not meaning.in_history:
+            return sa.false()
+        return sa.true() if meaning.minimum_value is None else table.c.value >= meaning.minimum_value
+
+    alternatives = [sa.and_(table.c.type == type_, enough(meanings[type_])) for type_ in named if type_ != RETRACT]
+    others = sa.and_(table.c.type.not_in([*named, RETRACT]), enough(meaning_of(meanings, ANY_TYPE)))
+    return sa.or_(others, *alternatives)
+
+
+def new_interactions(
+    meanings: Mapping[str, EventMeaning], mark: str, since: int, through: int
+) -> tuple[sa.Subquery, sa.Subquery]:
+    """The interactions stored after `since` and up to `through`, and those taken back in that time; an event a row.
+
+    Both have the columns position, item_id and occurred_at.
+    """
+    retract, earlier = events.alias("retract"), events.alias("earlier")
+    columns = (events.c.position, events.c.item_id, events.c.occurred_at)
+    came = (
+        sa.select(*columns)
+        .where(events.c[mark] > since, events.c[mark] <= through, interaction_condition(meanings, events))
+        .subquery()
+    )
+    taken_back = (
+        sa.select(*columns)
+        .join_from(
+            retract, events, sa.and_(events.c.user_id == retract.c.user_id, events.c.event_id == retract.c.retracts)
+        )
+        .where(
+            retract.c.type == RETRACT,
+            retract.c[mark] > since,
+            retract.c[mark] <= through,
+            interaction_condition(meanings, events),
+            # An event may be taken back more than once, and counts as taken back once.
+            ~sa.exists().where(
+                earlier.c.user_id == retract.c.user_id,
+                earlier.c.retracts == retract.c.retracts,
+                earlier.c[mark] <= since,
+            ),
+        )
+        .distinct()
+        .subquery()
+    )
+    return came, taken_back
+
+
+def mark_of(connection: Connection) -> str:
+    """The column that says how far the events were read."""
+    return "transaction_id" if connection.dialect.name == "postgresql" else "position"
+
+
+def safe_through(connection: Connection) -> int:
+    """Up to where no event can still appear: PostgreSQL's commits come out of the order of positions."""
+    if connection.dialect.name == "postgresql":
+        oldest_running = sa.text("SELECT pg_snapshot_xmin(pg_current_snapshot())::text::bigint")
+        return int(connection.execute(oldest_running).scalar_one()) - 1
+    return int(connection.execute(sa.select(sa.func.max(events.c.position))).scalar() or 0)
