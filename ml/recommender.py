@@ -1,5 +1,6 @@
 """A model with its id maps: the one object that ranks, in evaluation and in the service alike."""
 
+import threading
 from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import Any, TypeAlias
@@ -9,6 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from ml.fold_in import MAX_EVENTS, FoldIn
 from ml.ids import IdMap
 from ml.interactions import Interactions
 from ml.models import RankingModel
@@ -107,6 +109,8 @@ class Recommender:
         tensor = next(chain[Tensor](model.parameters(), model.buffers()), None)
         self.device = torch.device("cpu") if tensor is None else tensor.device
         self._prepared: Prepared | None = None
+        self._fold_in: FoldIn | None = None
+        self._fold_in_lock = threading.Lock()
 
     def prepare(
         self,
@@ -118,6 +122,8 @@ class Recommender:
 
         Without it, every item is scored for every ranking. The lists are the same, ties within rounding aside.
         """
+        if self.model.fits_strangers:
+            self._folding_in()
         if self.device.type == "cpu":
             self._prepared = Prepared(self.model, screened_from=screened_from, on_ranked=on_ranked)
 
@@ -133,8 +139,8 @@ class Recommender:
 
     @property
     def window_length(self) -> int:
-        """How many of the latest items of a history the model looks at; 0 if none."""
-        return self.model.window_length
+        """How many of the latest items of a history count; 0 if none. To some models only those of strangers do."""
+        return max(self.model.window_length, MAX_EVENTS if self.model.fits_strangers else 0)
 
     @property
     def folds_in(self) -> bool:
@@ -215,11 +221,14 @@ class Recommender:
             return self._all_scores(self._encode(user_index, windows))
 
     def _encode(self, user_index: AnyIndices, windows: Indices) -> Tensor:
-        users = np.asarray(user_index, np.int64)
-        if len(users) and users.min() < 0:
+        users = np.array(user_index, np.int64)
+        strangers = users < 0
+        if strangers.any():
             if not self.folds_in:
                 raise ValueError("this model cannot rank for a user it was not trained on")
-            users = np.where(users < 0, self.num_users, users)
+            if self.model.fits_strangers:
+                return self._encode_strangers(users, windows, strangers)
+            users = np.where(strangers, self.num_users, users)
         if self._prepared is not None and len(users) == 1:
             encoded_alone = self._prepared.encode(int(users[0]), windows[0])
             if encoded_alone is not None:
@@ -229,6 +238,26 @@ class Recommender:
                 torch.from_numpy(users).to(self.device), torch.from_numpy(windows).to(self.device)
             )
             return encoded
+
+    def _encode_strangers(self, users: Indices, windows: Indices, strangers: npt.NDArray[np.bool_]) -> Tensor:
+        """The same where some are strangers, whose vectors are fitted."""
+        with torch.inference_mode():
+            fitted = self._folding_in().encode(torch.from_numpy(windows[strangers]).to(self.device))
+            if strangers.all():
+                return fitted
+            encoded: Tensor = self.model.encode(
+                torch.from_numpy(np.maximum(users, 0)).to(self.device), torch.from_numpy(windows).to(self.device)
+            )
+            encoded[torch.from_numpy(strangers).to(self.device)] = fitted
+            return encoded
+
+    def _folding_in(self) -> FoldIn:
+        """Made when the first stranger comes, and kept: the model's weights do not change any more."""
+        if self._fold_in is None:
+            with self._fold_in_lock:
+                if self._fold_in is None:
+                    self._fold_in = FoldIn(self.model)
+        return self._fold_in
 
     def _all_scores(self, encoded: Tensor) -> Tensor:
         scores: Tensor = self.model.score_all(encoded)

@@ -94,6 +94,7 @@ def train(
         if initial is not None:
             model.load_state_dict(initial.state_dict())
         model.to(device)
+        model.count(torch.as_tensor(interactions.item_index, dtype=torch.int64, device=device))
         if isinstance(model, Popularity):
             return _count(model, interactions, validation_metric, on_progress)
         epochs = recipe.epochs if epochs is None else epochs
@@ -344,7 +345,6 @@ def _count(
 ) -> TrainResult:
     """Popularity is counted, not trained."""
     started = time.perf_counter()
-    model.count(torch.as_tensor(interactions.item_index, dtype=torch.int64, device=model.counts.device))
     model.eval()
     with torch.no_grad():
         metrics = {} if validation_metric is None else validation_metric(model)

@@ -1,4 +1,4 @@
-"""How often each item was chosen of late: interactions by hour, counted at the start and kept in step with new events."""
+"""How often each item was chosen of late: interactions by hour, counted once at the start, then kept in step."""
 
 import threading
 from collections import OrderedDict, defaultdict
@@ -62,8 +62,8 @@ class _Numbers:
 class Activity:
     """Counts of the last four weeks by hour. `poll` runs on one thread; `ranked` on any.
 
-    What happened counts by `occurred_at`, so that importing old events makes nothing trend. Hours are whole: a window of w
-    hours is the w before the running one, and the running one.
+    What happened counts by `occurred_at`, so that importing old events makes nothing trend. Hours are whole: a window
+    of w hours is the w before the running one, and the running one.
     """
 
     def __init__(

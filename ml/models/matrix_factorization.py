@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+import torch
 from torch import Tensor
 
 from ml.models.ranking_model import InnerProducts, RankingModel, embedding, negative_distances, pair_scores
@@ -27,8 +28,11 @@ class MatrixFactorization(RankingModel):
     with distances, Hsieh et al. 2017 (collaborative metric learning).
     """
 
+    folds_in: ClassVar[bool] = True
+    fits_strangers: ClassVar[bool] = True
     user_tables: ClassVar[tuple[str, ...]] = ("user_factors.weight",)
     item_tables: ClassVar[tuple[str, ...]] = ("item_factors.weight", "item_bias.weight")
+    counts: Tensor
 
     def __init__(self, num_users: int, num_items: int, config: MatrixFactorizationConfig) -> None:
         super().__init__(num_users, num_items, config)
@@ -36,7 +40,11 @@ class MatrixFactorization(RankingModel):
         self.item_factors = embedding(num_items, config.factors, config.initial_scale)
         has_bias = config.item_bias and config.similarity == "dot"
         self.item_bias = embedding(num_items, 1, 0.0) if has_bias else None
+        self.register_buffer("counts", torch.zeros(num_items))
         self.compare = pair_scores if config.similarity == "dot" else negative_distances
+
+    def count(self, items: Tensor) -> None:
+        self.counts.copy_(torch.bincount(items, minlength=self.num_items))
 
     def encode(self, users: Tensor, windows: Tensor) -> Tensor:  # noqa: ARG002
         encoded: Tensor = self.user_factors(users)
@@ -56,3 +64,9 @@ class MatrixFactorization(RankingModel):
     def inner_products(self) -> InnerProducts:
         biases = None if self.item_bias is None else self.item_bias.weight[:, 0]
         return InnerProducts(self.item_factors.weight, biases, self.config.similarity == "distance")
+
+    def linear_scores(self, encoded: Tensor, items: Tensor) -> tuple[Tensor, Tensor]:  # noqa: ARG002
+        vectors = self.item_factors(items)
+        if self.compare is negative_distances:  # less the user's own square, which is the same for every item
+            return 2 * vectors, -vectors.square().sum(1)
+        return vectors, vectors.new_zeros(len(items)) if self.item_bias is None else self.item_bias(items).squeeze(1)

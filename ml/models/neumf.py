@@ -37,8 +37,11 @@ class NeuMF(RankingModel):
     weights h over the factorisation start at one, so that it starts as plain matrix factorisation.
     """
 
+    folds_in: ClassVar[bool] = True
+    fits_strangers: ClassVar[bool] = True
     user_tables: ClassVar[tuple[str, ...]] = ("user_factors.weight", "user_tower.weight")
     item_tables: ClassVar[tuple[str, ...]] = ("item_factors.weight", "item_tower.weight", "item_bias.weight")
+    counts: Tensor
 
     def __init__(self, num_users: int, num_items: int, config: NeuMFConfig) -> None:
         super().__init__(num_users, num_items, config)
@@ -50,6 +53,7 @@ class NeuMF(RankingModel):
         self.user_tower = embedding(num_users, tower, scale)
         self.item_tower = embedding(num_items, tower, scale)
         self.item_bias = embedding(num_items, 1, 0.0) if config.item_bias else None
+        self.register_buffer("counts", torch.zeros(num_items))
         # The first layer, W [u, v] + b, is kept as its two halves: an item's half serves every user.
         self.user_layer = nn.Linear(tower, config.hidden[0])
         self.item_layer = nn.Linear(tower, config.hidden[0], bias=False)
@@ -63,6 +67,9 @@ class NeuMF(RankingModel):
         nn.init.normal_(self.tower_weights, std=config.hidden[-1] ** -0.5)
         nn.init.zeros_(self.user_layer.bias)
         self._item_share: Tensor | None = None
+
+    def count(self, items: Tensor) -> None:
+        self.counts.copy_(torch.bincount(items, minlength=self.num_items))
 
     def encode(self, users: Tensor, windows: Tensor) -> Tensor:  # noqa: ARG002
         """The user's weighted factors beside their share of the tower's first layer."""
@@ -86,6 +93,21 @@ class NeuMF(RankingModel):
         for layer in self.deeper_layers:
             hidden = self.dropout(functional.relu(layer(hidden)))
         return hidden @ self.tower_weights
+
+    def linear_scores(self, encoded: Tensor, items: Tensor) -> tuple[Tensor, Tensor]:
+        """The tower follows its tangent: the share of each hidden unit that is not at rest, back through the layers."""
+        user_share, factors = encoded[len(self.factor_weights) :], self.item_factors(items)
+        hidden = [functional.relu(user_share + self.item_layer(self.item_tower(items)))]
+        for layer in self.deeper_layers:
+            hidden.append(functional.relu(layer(hidden[-1])))
+        offsets = hidden[-1] @ self.tower_weights
+        tower = (hidden[-1] > 0) * self.tower_weights
+        for layer, below in zip(reversed(self.deeper_layers), reversed(hidden[:-1]), strict=True):
+            tower = (tower @ layer.get_parameter("weight")) * (below > 0)
+        offsets = offsets - tower @ user_share
+        if self.item_bias is not None:
+            offsets = offsets + self.item_bias(items).squeeze(1)
+        return torch.cat((factors, tower), 1), offsets
 
     def item_vectors(self, items: Tensor) -> Tensor:
         """An item's weighted factors beside its tower embedding."""

@@ -27,7 +27,6 @@ class Popularity(RankingModel):
         self.register_buffer("counts", torch.zeros(num_items))
 
     def count(self, items: Tensor) -> None:
-        """Set the counts from the items of all interactions, (n,)."""
         self.counts.copy_(torch.bincount(items, minlength=self.num_items))
 
     def encode(self, users: Tensor, windows: Tensor) -> Tensor:  # noqa: ARG002

@@ -51,6 +51,8 @@ class RankingModel(nn.Module):
 
     # A model that folds in ranks a user it has never seen (user index -1) from their history alone.
     folds_in: ClassVar[bool] = False
+    # One that fits strangers folds in through ml.fold_in, which needs its `counts` and `linear_scores`.
+    fits_strangers: ClassVar[bool] = False
     # Parameters with one row a user and one row an item, for warm starts on more users and items.
     user_tables: ClassVar[tuple[str, ...]] = ()
     item_tables: ClassVar[tuple[str, ...]] = ()
@@ -63,6 +65,13 @@ class RankingModel(nn.Module):
         self.num_items = num_items
         self.config = config
         self.window_length = window_length
+
+    def count(self, items: Tensor) -> None:
+        """Take note of how often each item was chosen, from the items of all interactions, (n,)."""
+
+    def linear_scores(self, encoded: Tensor, items: Tensor) -> tuple[Tensor, Tensor]:  # noqa: ARG002
+        """Slopes (n, d) and offsets (n,): around `encoded` (d,), slopes @ x + offsets ranks as the scores do."""
+        raise ValueError(f"{type(self).__name__} knows strangers otherwise: encode them from their window")
 
     def forward(self, users: Tensor, windows: Tensor, items: Tensor) -> Tensor:
         """Score items for users: (batch, n) raw scores."""

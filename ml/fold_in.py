@@ -1,0 +1,133 @@
+"""Folding in: what a model knows of a user it was never trained on, fitted to their few events with the items frozen."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ml.models.ranking_model import RankingModel
+
+# How much the crowd speaks against the events of one user; how far the crowd's centre may move to what it chooses.
+PRIOR_STRENGTH = 3.0
+CENTRE_STRENGTH = 0.03
+# An event that n of the user's are newer than weighs (1 + n) ** -RECENCY.
+RECENCY = 0.8
+# The directions in which users differ that are fitted; in all others a stranger is like everybody.
+DIRECTIONS = 32
+# Only the latest events count, which bounds the time of a fit however long a history is.
+MAX_EVENTS = 100
+# Newton's steps: after these nothing moves any more that could change a ranking.
+STEPS = 4
+CENTRE_STEPS = 30
+# Users that the crowd is measured by, and items that stand for the catalogue beside which events were chosen.
+CROWD = 65_536
+MAX_ITEMS = 4_096
+# Strangers that are fitted side by side.
+CHUNK = 16
+
+
+class FoldIn:
+    """Fits strangers to the frozen items of one model; safe to call from several threads at once.
+
+    Events are taken for draws from the softmax of the scores over the catalogue, and a stranger for a draw from a
+    normal distribution: the covariance is that of the trained users, the centre is where the scores come nearest to what
+    all of them chose. The fit is the most likely vector: a logistic regression with a prior, which Newton's
+    method solves, always alike. Scores that are not linear in what a model knows of a user (NeuMF's tower) are replaced
+    by their tangent at the mean user while fitting.
+    Source: maximum a posteriori with an empirical prior and Newton's method (Bishop 2006, 4.3.3 to 4.4 and 3.5).
+    """
+
+    def __init__(self, model: RankingModel) -> None:
+        self._model = model
+        with torch.no_grad():
+            crowd = self._crowd()
+            mean = crowd.mean(0)
+            spread = (crowd - mean) / len(crowd) ** 0.5
+            items, shares = self._stand_ins(mean.float())
+            slopes, offsets = (part.double() for part in model.linear_scores(mean.float(), items))
+            offsets = offsets - shares.log()
+            # Steps of length one along the basis are as wide as the crowd is there.
+            basis = _root(spread.T @ spread)
+            mean = mean + basis @ self._centre(slopes @ basis, offsets + slopes @ mean, items, shares)
+            logits = offsets + slopes @ mean
+            # Turned so that what moves the scores of likely items most comes first.
+            _, turned = torch.linalg.eigh(_curvature(slopes @ basis, logits.softmax(0)))
+            basis = basis @ turned.flip(1)[:, :DIRECTIONS]
+            self._tangent_at = crowd.mean(0).float()
+            self._mean, self._basis = mean.float(), basis.float()
+            self._slopes, self._logits = (slopes @ basis).float(), logits.float()
+
+    def encode(self, windows: Tensor) -> Tensor:
+        """Fit strangers to their latest items (batch, length), padded in front with `num_items`: (batch, width)."""
+        with torch.no_grad():
+            return torch.cat([self._fit(part) for part in windows.split(CHUNK)])
+
+    def _crowd(self) -> Tensor:
+        """What the model knows of its users, or of as many as are needed, spread evenly: (users, width)."""
+        model, device = self._model, self._model.counts.device
+        users = torch.arange(0, model.num_users, -(-model.num_users // CROWD), device=device)
+        return model.encode(users, users.new_full((len(users), model.window_length), model.num_items)).double()
+
+    def _stand_ins(self, mean: Tensor) -> tuple[Tensor, Tensor]:
+        """Items that stand for the catalogue, and the chance by which each got among them.
+
+        Half are those of the highest scores, the others are spread evenly over the rest.
+        """
+        size, device = self._model.num_items, mean.device
+        if size <= MAX_ITEMS:
+            return torch.arange(size, device=device), torch.ones(size, device=device, dtype=torch.float64)
+        order = self._model.score_all(mean.unsqueeze(0))[0].argsort(descending=True, stable=True)
+        best, others = order[: MAX_ITEMS // 2], order[MAX_ITEMS // 2 :]
+        step = -(-len(others) // (MAX_ITEMS // 2))
+        rest = others[::step]
+        shares = torch.ones(len(best) + len(rest), device=device, dtype=torch.float64)
+        shares[len(best) :] = len(rest) / len(others)
+        return torch.cat((best, rest)), shares
+
+    def _centre(self, slopes: Tensor, logits: Tensor, items: Tensor, shares: Tensor) -> Tensor:
+        """Where along the basis the softmax comes nearest to what all users chose: (directions,)."""
+        chosen = self._model.counts[items].double() / shares
+        where = slopes.new_zeros(slopes.shape[1])
+        if not float(chosen.sum()) > 0:
+            return where
+        wanted = slopes.T @ (chosen / chosen.sum())
+        for _ in range(CENTRE_STEPS):
+            chances = (logits + slopes @ where).softmax(0)
+            gradient = wanted - slopes.T @ chances - CENTRE_STRENGTH * where
+            curvature = _curvature(slopes, chances)
+            curvature.diagonal().add_(CENTRE_STRENGTH)
+            where = where + torch.linalg.solve(curvature, gradient)
+        return where
+
+    def _fit(self, windows: Tensor) -> Tensor:
+        windows = windows[:, -MAX_EVENTS:]
+        known = windows < self._model.num_items
+        age = known.flip(1).cumsum(1).flip(1).to(self._mean.dtype)  # 1 for the newest
+        weights = torch.where(known, age.clamp(min=1) ** -RECENCY, 0.0)
+        taken = self._model.linear_scores(self._tangent_at, windows[known])[0] @ self._basis
+        rows = known.nonzero()[:, 0]
+        pull = taken.new_zeros(len(windows), self._basis.shape[1])
+        pull.index_add_(0, rows, taken * weights[known].unsqueeze(1))
+        total = weights.sum(1, keepdim=True)
+        fitted = torch.zeros_like(pull)
+        for _ in range(STEPS):
+            chances = (fitted @ self._slopes.T + self._logits).softmax(1)
+            expected = chances @ self._slopes
+            gradient = pull - total * expected - PRIOR_STRENGTH * fitted
+            squares = torch.stack([(self._slopes * row.unsqueeze(1)).T @ self._slopes for row in chances])
+            curvature = total.unsqueeze(2) * (squares - expected.unsqueeze(2) * expected.unsqueeze(1))
+            curvature.diagonal(dim1=1, dim2=2).add_(PRIOR_STRENGTH)
+            fitted = fitted + torch.linalg.solve(curvature, gradient)
+        return self._mean + fitted @ self._basis.T
+
+
+def _root(covariance: Tensor) -> Tensor:
+    """A square root R of a covariance: R @ R.T is the covariance."""
+    values, vectors = torch.linalg.eigh(covariance)
+    return vectors * values.clamp(min=0).sqrt()
+
+
+def _curvature(slopes: Tensor, chances: Tensor) -> Tensor:
+    """The covariance of the slopes where items are drawn by their chances."""
+    mean = chances @ slopes
+    return (slopes * chances.unsqueeze(1)).T @ slopes - mean.unsqueeze(1) * mean
