@@ -1,4 +1,4 @@
-"""Folding in: what a model knows of a user it was never trained on, fitted to their few events with the items frozen."""
+"""Folding in: a vector for a user whom the model was never trained on, fitted to their few events, items frozen."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ class FoldIn:
     """Fits strangers to the frozen items of one model; safe to call from several threads at once.
 
     Events are taken for draws from the softmax of the scores over the catalogue, and a stranger for a draw from a
-    normal distribution: the covariance is that of the trained users, the centre is where the scores come nearest to what
-    all of them chose. The fit is the most likely vector: a logistic regression with a prior, which Newton's
-    method solves, always alike. Scores that are not linear in what a model knows of a user (NeuMF's tower) are replaced
-    by their tangent at the mean user while fitting.
+    normal distribution: its covariance is that of the trained users, its centre is where the scores come nearest to
+    what all of them chose. The fit is the most likely vector: a logistic regression with a prior, which Newton's
+    method solves, always alike. Scores that are not linear in what a model knows of a user (NeuMF's tower) follow
+    their tangent at the mean user while fitting.
     Source: maximum a posteriori with an empirical prior and Newton's method (Bishop 2006, 4.3.3 to 4.4 and 3.5).
     """
 
@@ -60,13 +60,14 @@ class FoldIn:
     def encode(self, windows: Tensor) -> Tensor:
         """Fit strangers to their latest items (batch, length), padded in front with `num_items`: (batch, width)."""
         with torch.no_grad():
-            return torch.cat([self._fit(part) for part in windows.split(CHUNK)])
+            return torch.cat([self._fit(part) for part in torch.split(windows, CHUNK)])
 
     def _crowd(self) -> Tensor:
         """What the model knows of its users, or of as many as are needed, spread evenly: (users, width)."""
         model, device = self._model, self._model.counts.device
         users = torch.arange(0, model.num_users, -(-model.num_users // CROWD), device=device)
-        return model.encode(users, users.new_full((len(users), model.window_length), model.num_items)).double()
+        crowd: Tensor = model.encode(users, users.new_full((len(users), model.window_length), model.num_items))
+        return crowd.double()
 
     def _stand_ins(self, mean: Tensor) -> tuple[Tensor, Tensor]:
         """Items that stand for the catalogue, and the chance by which each got among them.
@@ -118,16 +119,19 @@ class FoldIn:
             curvature = total.unsqueeze(2) * (squares - expected.unsqueeze(2) * expected.unsqueeze(1))
             curvature.diagonal(dim1=1, dim2=2).add_(PRIOR_STRENGTH)
             fitted = fitted + torch.linalg.solve(curvature, gradient)
-        return self._mean + fitted @ self._basis.T
+        encoded: Tensor = self._mean + fitted @ self._basis.T
+        return encoded
 
 
 def _root(covariance: Tensor) -> Tensor:
     """A square root R of a covariance: R @ R.T is the covariance."""
     values, vectors = torch.linalg.eigh(covariance)
-    return vectors * values.clamp(min=0).sqrt()
+    root: Tensor = vectors * values.clamp(min=0).sqrt()
+    return root
 
 
 def _curvature(slopes: Tensor, chances: Tensor) -> Tensor:
     """The covariance of the slopes where items are drawn by their chances."""
     mean = chances @ slopes
-    return (slopes * chances.unsqueeze(1)).T @ slopes - mean.unsqueeze(1) * mean
+    covariance: Tensor = (slopes * chances.unsqueeze(1)).T @ slopes - mean.unsqueeze(1) * mean
+    return covariance

@@ -32,7 +32,6 @@ class MatrixFactorization(RankingModel):
     fits_strangers: ClassVar[bool] = True
     user_tables: ClassVar[tuple[str, ...]] = ("user_factors.weight",)
     item_tables: ClassVar[tuple[str, ...]] = ("item_factors.weight", "item_bias.weight")
-    counts: Tensor
 
     def __init__(self, num_users: int, num_items: int, config: MatrixFactorizationConfig) -> None:
         super().__init__(num_users, num_items, config)

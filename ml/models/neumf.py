@@ -41,7 +41,6 @@ class NeuMF(RankingModel):
     fits_strangers: ClassVar[bool] = True
     user_tables: ClassVar[tuple[str, ...]] = ("user_factors.weight", "user_tower.weight")
     item_tables: ClassVar[tuple[str, ...]] = ("item_factors.weight", "item_tower.weight", "item_bias.weight")
-    counts: Tensor
 
     def __init__(self, num_users: int, num_items: int, config: NeuMFConfig) -> None:
         super().__init__(num_users, num_items, config)

@@ -20,7 +20,6 @@ class Popularity(RankingModel):
     """The score of an item is the number of its interactions, the same for every user."""
 
     folds_in: ClassVar[bool] = True
-    counts: Tensor
 
     def __init__(self, num_users: int, num_items: int, config: PopularityConfig) -> None:
         super().__init__(num_users, num_items, config)

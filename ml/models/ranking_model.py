@@ -53,6 +53,7 @@ class RankingModel(nn.Module):
     folds_in: ClassVar[bool] = False
     # One that fits strangers folds in through ml.fold_in, which needs its `counts` and `linear_scores`.
     fits_strangers: ClassVar[bool] = False
+    counts: Tensor
     # Parameters with one row a user and one row an item, for warm starts on more users and items.
     user_tables: ClassVar[tuple[str, ...]] = ()
     item_tables: ClassVar[tuple[str, ...]] = ()

@@ -124,15 +124,13 @@ def test_a_user_unseen_in_training_is_folded_in_or_gets_popular_items(client: Te
 
 
 @pytest.mark.parametrize("model", ["neumf", "matrix_factorization", "popularity"])
-def test_models_that_cannot_fold_in(client: TestClient, publish: Any, model: str) -> None:
+def test_every_model_folds_in(client: TestClient, publish: Any, model: str) -> None:
     recommender = publish("v1", ITEMS, model=model)
     activated(client)
     click(client, "item-05", "carla")
     answer = recommend(client, "carla")
-    assert (answer["source"], answer["model_version"]) == (
-        ("folded_in", "v1") if recommender.folds_in else ("popular", None)
-    )
-    assert "item-05" not in shown(answer)
+    assert (answer["source"], answer["model_version"]) == ("folded_in", "v1")
+    assert shown(answer) == expected(recommender, -1, ["item-05"], 10)
     assert recommend(client, "ben")["source"] == "model"
 
 

@@ -140,12 +140,12 @@ def test_users_that_were_not_trained_on() -> None:
     data = generated()
     known = np.arange(data.num_users) % 2 == 0
     split = leave_one_out(data)
-    neumf = Recommender(build_model("neumf", data.num_users, data.num_items), data.users, data.items)
-    found = evaluate(neumf, split.train, split.test, known_users=known)
+    found = evaluate(tabled(data), split.train, split.test, known_users=known)
     assert set(found.users % 2) == {0}
     assert found.unknown_users > 0
-    caser = Recommender(build_model("caser", data.num_users, data.num_items), data.users, data.items)
-    assert set(evaluate(caser, split.train, split.test, known_users=known).users % 2) == {0, 1}
+    for name in ("caser", "neumf"):
+        folding = Recommender(build_model(name, data.num_users, data.num_items), data.users, data.items)
+        assert set(evaluate(folding, split.train, split.test, known_users=known).users % 2) == {0, 1}
 
 
 def test_nothing_to_evaluate_is_said_clearly() -> None:

@@ -70,12 +70,12 @@ def test_an_exclusion_does_not_outlive_its_call() -> None:
 
 
 def test_an_unknown_user_needs_a_model_that_folds_in() -> None:
-    caser = Recommender(build_model("caser", 3, 5), ids(3, "u"), ids(5, "i"))
-    assert caser.folds_in
-    assert caser.top_k([-1], [[1, 2]], [[1, 2]], 3)[0].shape == (1, 3)
-    neumf = Recommender(build_model("neumf", 3, 5), ids(3, "u"), ids(5, "i"))
+    for name in MODELS:
+        folding = Recommender(build_model(name, 3, 5), ids(3, "u"), ids(5, "i"))
+        assert folding.folds_in
+        assert folding.top_k([-1, 0], [[1, 2], []], [[1, 2], []], 3)[0].shape == (2, 3)
     with pytest.raises(ValueError, match="not trained on"):
-        neumf.top_k([-1], [[1, 2]], [[]], 3)
+        fixed([[1.0, 2.0]]).top_k([-1], [[1, 0]], [[]], 1)
 
 
 def test_scores_that_are_no_numbers_are_refused() -> None:
