@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-FORMAT = 1
+FORMAT = 2
 
 
 def save_checkpoint(path: Path, fingerprint: str, state: dict[str, Any]) -> None:

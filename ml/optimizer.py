@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+
+from ml import memory
+
+# The size of a step and the correction of the second moment's root for its start at zero.
+Scale: TypeAlias = tuple[Tensor, Tensor] | tuple[float, float]
 
 
 class RowAdam(torch.optim.Optimizer):
     """Adam over dense parameters, and over the touched rows alone of parameters whose gradient is sparse.
 
     `l2` adds l2 * parameter to the gradient, the derivative of l2 / 2 * |parameter|^2: for tables over the rows in the
-    batch, each counted once however often it was read.
+    batch, each counted once however often it was read. With `fixed_shapes` (by default on a GPU) no shape and no step
+    depends on a value in a tensor, so a CUDA graph can hold the step; the weights come out the same but for rounding.
+
+    From its first step on, a table lies beside its moments, row by row, in memory of the optimiser's: one place to read
+    and write for each row instead of three. `release` gives the table memory of its own again.
     Source: Kingma and Ba 2015, algorithm 1; a row's moments stand still while it is not in a batch, and the bias
     correction counts all steps, as in torch.optim.SparseAdam.
     """
@@ -26,44 +35,120 @@ class RowAdam(torch.optim.Optimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         epsilon: float = 1e-8,
         l2: float = 0.0,
+        fixed_shapes: bool | None = None,
     ) -> None:
         if not learning_rate > 0 or l2 < 0:
             raise ValueError(f"the learning rate must be positive and l2 not negative, not {learning_rate} and {l2}")
         super().__init__(parameters, {"lr": learning_rate, "betas": betas, "epsilon": epsilon, "l2": l2})
+        self._tables: dict[nn.Parameter, Tensor] = {}
+        for group in self.param_groups:
+            device = group["params"][0].device
+            group["fixed_shapes"] = device.type == "cuda" if fixed_shapes is None else fixed_shapes
+            # Tensors on the device, so that a recorded step sees them change.
+            group["lr"] = torch.tensor(learning_rate, dtype=torch.float64, device=device)
+            group["step"] = torch.zeros((), dtype=torch.float64, device=device)
+
+    def set_learning_rate(self, rate: float) -> None:
+        """Learn at this rate from the next step on."""
+        for group in self.param_groups:
+            group["lr"].fill_(rate)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         assert closure is None, "this optimiser takes no closure"
         for group in self.param_groups:
+            step, (beta1, beta2) = group["step"].add_(1), group["betas"]
+            size, correction = group["lr"] / (1 - beta1**step), (1 - beta2**step).sqrt()
+            # A graph needs numbers that stay on the device; elsewhere plain ones cost less.
+            scale = (size.float(), correction.float()) if group["fixed_shapes"] else (float(size), float(correction))
             for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._update(parameter, parameter.grad, group)
+                gradient = parameter.grad
+                if gradient is None:
+                    continue
+                if gradient.is_sparse:
+                    self._update_rows(parameter, gradient, group, scale)
+                else:
+                    state = self.state[parameter]
+                    if not state:
+                        state["mean"], state["square"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+                    _adam(parameter, state["mean"], state["square"], gradient, group, scale)
 
-    def _update(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
+    def _update_rows(self, parameter: nn.Parameter, gradient: Tensor, group: dict[str, Any], scale: Scale) -> None:
+        """Turn a gradient of rows, which may repeat, into new rows: the one place where tables change."""
+        if parameter not in self._tables:
+            self._lay_out(parameter)
+        rows, sums = row_sums(gradient, fixed_shapes=group["fixed_shapes"])
+        table = self._tables[parameter]
+        block = table.index_select(0, rows)
+        values, mean, square = torch.split(block, parameter.shape[1], 1)
+        _adam(values, mean, square, sums, group, scale)
+        table.index_copy_(0, rows, block)
+
+    def _lay_out(self, parameter: nn.Parameter) -> None:
+        """Put a table and its moments side by side; the last row belongs to nothing."""
+        rows, width = parameter.shape
+        table = memory.zeros(rows + 1, 3 * width, dtype=parameter.dtype, device=parameter.device)
+        views = torch.split(table[:rows], width, 1)
+        views[0].copy_(parameter)
         state = self.state[parameter]
-        if not state:
-            state["step"] = 0
-            state["mean"] = torch.zeros_like(parameter, memory_format=torch.contiguous_format)
-            state["square"] = torch.zeros_like(parameter, memory_format=torch.contiguous_format)
-        state["step"] += 1
-        (beta1, beta2), l2 = group["betas"], group["l2"]
-        mean, square = state["mean"], state["square"]
-        rows: Tensor | None = None
-        values, new_mean, new_square = gradient, mean, square
-        if gradient.is_sparse:
-            gradient = gradient.coalesce()
-            rows, values = gradient._indices()[0], gradient._values()
-            new_mean, new_square = mean.index_select(0, rows), square.index_select(0, rows)
-        if l2:
-            values = values + l2 * (parameter if rows is None else parameter.index_select(0, rows))
-        new_mean.mul_(beta1).add_(values, alpha=1 - beta1)
-        new_square.mul_(beta2).addcmul_(values, values, value=1 - beta2)
-        correction = (1 - beta2 ** state["step"]) ** 0.5
-        size = group["lr"] / (1 - beta1 ** state["step"])
-        update = new_mean / (new_square.sqrt().div_(correction).add_(group["epsilon"]))
-        if rows is None:
-            parameter.add_(update, alpha=-size)
-        else:
-            parameter.index_add_(0, rows, update, alpha=-size)
-            mean.index_copy_(0, rows, new_mean)
-            square.index_copy_(0, rows, new_square)
+        for name, view in zip(("mean", "square"), views[1:], strict=True):
+            if name in state:
+                view.copy_(state[name])
+            state[name] = view
+        parameter.data = views[0]
+        self._tables[parameter] = table
+
+    def release(self) -> None:
+        """Give tables memory of their own again and forget the moments; the training is over."""
+        for parameter in self._tables:
+            parameter.data = parameter.detach().clone(memory_format=torch.contiguous_format)
+        self._tables.clear()
+        self.state.clear()
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        for group in self.param_groups:
+            for name in ("lr", "step"):
+                group[name] = group[name].to(group["params"][0].device)
+        # What was loaded lies apart; the next step lays it out.
+        for parameter in self._tables:
+            parameter.data = parameter.detach().clone(memory_format=torch.contiguous_format)
+        self._tables.clear()
+
+
+def row_sums(gradient: Tensor, *, fixed_shapes: bool) -> tuple[Tensor, Tensor]:
+    """Each row that a sparse gradient touches once, (n,), and the sum of its values, (n, width).
+
+    With `fixed_shapes` n is the number of values that came in; places left over name the row past the table's last one
+    and hold zeros.
+    """
+    rows, values = gradient._indices()[0], gradient._values()
+    if not fixed_shapes:
+        touched, places = torch.unique(rows, return_inverse=True)
+        return touched, values.new_zeros(len(touched), values.shape[1]).index_add_(0, places, values)
+    ordered, order = rows.sort()
+    segment = torch.nn.functional.pad((ordered[1:] != ordered[:-1]).cumsum(0), (1, 0))
+    places = torch.empty_like(rows).scatter_(0, order, segment)
+    touched = torch.full_like(rows, gradient.shape[0]).scatter_(0, segment, ordered)
+    return touched, torch.zeros_like(values).index_add_(0, places, values)
+
+
+def _adam(
+    values: Tensor,
+    mean: Tensor,
+    square: Tensor,
+    gradient: Tensor,
+    group: dict[str, Any],
+    scale: Scale,
+) -> None:
+    (beta1, beta2), l2, (size, correction) = group["betas"], group["l2"], scale
+    if l2:
+        gradient = gradient + l2 * values
+    mean.mul_(beta1).add_(gradient, alpha=1 - beta1)
+    square.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+    root = square.sqrt().div_(correction).add_(group["epsilon"])
+    if isinstance(size, Tensor):
+        values.sub_(mean.div(root).mul_(size))
+    else:
+        values.addcdiv_(mean, root, value=-size)

@@ -191,8 +191,7 @@ class _Loop:
         """
         if self.recipe.schedule == "cosine":
             done = epochs_done / max(self.recipe.epochs, self.epochs)
-            for group in self.optimizer.param_groups:
-                group["lr"] = self.recipe.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
+            self.optimizer.set_learning_rate(self.recipe.learning_rate * 0.5 * (1 + math.cos(math.pi * done)))
 
     def _step(self, positions: Tensor) -> Tensor:
         """Learn from the examples at these positions; returns their loss."""
@@ -324,6 +323,7 @@ class _Loop:
 
     def result(self) -> TrainResult:
         """The model with its best weights, ready to score."""
+        self.optimizer.release()
         if self.best_weights is not None:
             self.model.load_state_dict(self.best_weights)
         self.model.eval()

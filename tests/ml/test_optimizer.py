@@ -2,7 +2,8 @@ import pytest
 import torch
 from torch import nn, tensor
 
-from ml.optimizer import RowAdam
+from ml import memory
+from ml.optimizer import RowAdam, row_sums
 
 
 def test_a_dense_step_is_adam() -> None:
@@ -49,3 +50,59 @@ def test_l2_touches_only_the_rows_in_the_batch_and_each_once() -> None:
 def test_impossible_settings_are_refused(rate: float, l2: float) -> None:
     with pytest.raises(ValueError, match="must be positive"):
         RowAdam([nn.Parameter(torch.ones(1))], rate, l2=l2)
+
+
+@pytest.mark.parametrize("rows", [[3], [2, 2, 2], [5, 0, 3, 0, 5, 5, 1]])
+def test_fixed_shapes_hold_the_same_sums(rows: list[int]) -> None:
+    values = torch.arange(2.0 * len(rows)).view(-1, 2)
+    gradient = torch.sparse_coo_tensor(tensor([rows]), values, (6, 2), check_invariants=True)
+    touched, sums = row_sums(gradient, fixed_shapes=False)
+    assert touched.tolist() == sorted(set(rows))
+    assert torch.equal(sums, gradient.to_dense()[touched])
+    fixed_rows, fixed_sums = row_sums(gradient, fixed_shapes=True)
+    assert fixed_rows.tolist() == touched.tolist() + [6] * (len(rows) - len(touched))
+    assert torch.equal(fixed_sums[: len(touched)], sums)
+    assert not fixed_sums[len(touched) :].any()
+
+
+@pytest.mark.parametrize("l2", [0.0, 0.1])
+def test_fixed_shapes_learn_the_same(l2: float) -> None:
+    torch.manual_seed(0)
+    weights = torch.randn(50, 3)
+    tables = [nn.Embedding.from_pretrained(weights.clone(), freeze=False, sparse=True) for _ in range(2)]
+    optimizers = [
+        RowAdam(each.parameters(), 0.1, l2=l2, fixed_shapes=is_fixed)
+        for each, is_fixed in zip(tables, (False, True), strict=True)
+    ]
+    for _ in range(5):
+        rows = torch.randint(40, (30,))
+        for table, optimizer in zip(tables, optimizers, strict=True):
+            optimizer.zero_grad()
+            table(rows).pow(3).sum().backward()
+            optimizer.step()
+    assert torch.allclose(tables[0].weight, tables[1].weight, atol=1e-6)
+    assert torch.equal(tables[0].weight[40:], weights[40:])
+
+
+def test_a_table_lies_beside_its_moments_until_it_is_released() -> None:
+    table = nn.Embedding(4, 2, sparse=True)
+    optimizer = RowAdam(table.parameters(), 0.1)
+    table(tensor([1])).sum().backward()
+    optimizer.step()
+    mean = optimizer.state[table.weight]["mean"]
+    assert mean.data_ptr() - table.weight.data_ptr() == table.weight[0].nbytes
+    learnt = table.weight.detach().clone()
+    optimizer.release()
+    assert table.weight.is_contiguous()
+    assert table.weight.untyped_storage().nbytes() == learnt.nbytes
+    assert torch.equal(table.weight, learnt)
+
+
+def test_large_pages_hold_what_ordinary_ones_do() -> None:
+    large = memory.zeros(1 << 10, 1 << 11, dtype=torch.int32)
+    assert large.shape == (1 << 10, 1 << 11)
+    assert large.dtype == torch.int32
+    assert not large.any()
+    large[3, 5] = 7
+    assert int(large.sum()) == 7
+    assert torch.equal(memory.spread(large), large)
