@@ -33,7 +33,8 @@ def save_checkpoint(path: Path, fingerprint: str, state: dict[str, Any]) -> None
 def load_checkpoint(path: Path, fingerprint: str) -> dict[str, Any] | None:
     """Read a checkpoint, or return None where there is none.
 
-    Raises ValueError when it is damaged or was written by another training: other data, recipe, seed or device.
+    Raises ValueError when it is damaged or was written by another training: other data, recipe, seed, device or number
+    of processes.
     """
     if not path.exists():
         return None
@@ -46,7 +47,8 @@ def load_checkpoint(path: Path, fingerprint: str) -> dict[str, Any] | None:
         ) from error
     if written != FORMAT or found != fingerprint:
         raise ValueError(
-            f"the checkpoint {path} belongs to a training with other data, recipe, seed or device; "
+            f"the checkpoint {path} belongs to a training with other data, recipe, seed or device, or number of "
+            "processes; "
             "delete it, or give this training another checkpoint"
         )
     assert isinstance(state, dict)

@@ -9,6 +9,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from ml.distributed import ALONE, Processes
 from ml.interactions import Interactions
 from ml.metrics import ABSENT, Floats, Ranks, confidence_intervals, per_user
 from ml.models import Popularity, PopularityConfig
@@ -72,12 +73,15 @@ def evaluate(
     seed: int = 0,
     known_users: npt.NDArray[np.bool_] | None = None,
     keep_history: bool = False,
+    processes: Processes = ALONE,
 ) -> Evaluation:
     """Rank all items, or `candidates` (num_items,), for each user of `targets`, without the items of their history.
 
     With `negatives`, only that many sampled items a user stand beside the targets. Ties rank the lower index first,
     as the service does. `known_users` (num_users,) are those the weights were trained on: others are ranked as
     strangers where the model folds in and left out where not. ValueError if nothing is left to rank.
+    Several `processes` each rank for their own users, and all get the figures of all users; sampled negatives are then
+    other ones than a single process draws.
     """
     size = history.num_items
     pairs = _distinct_pairs(targets)
@@ -93,12 +97,12 @@ def evaluate(
         unknown = int((~keep).sum())
         kept_pairs = np.repeat(keep, counts)
         users, counts, pair_user, pair_item = users[keep], counts[keep], pair_user[kept_pairs], pair_item[kept_pairs]
-    if not len(users):
+    if processes.sum_number(len(users)) == 0:
         raise ValueError("nothing to evaluate: no user has an interaction held out that they had not seen before")
     if negatives < 0 or any(k < 1 for k in cutoffs):
         raise ValueError("negatives must not be below 0, nor a cutoff below 1")
     starts = np.concatenate([[0], np.cumsum(counts)])
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng(processes.seed(seed))
     left_out = None if candidates is None else torch.from_numpy(~candidates).to(recommender.device)
     depth = max(cutoffs)
     shown = np.zeros((len(cutoffs), size), np.bool_)
@@ -126,18 +130,25 @@ def evaluate(
         for level, k in enumerate(cutoffs):
             chosen = top[:, :k]
             shown[level, chosen[chosen >= 0]] = True
+    if processes.size > 1:
+        # Processes own ascending ranges of users, so that what follows is in the order of users again.
+        users, counts = processes.gather_array(users), processes.gather_array(counts)
+        ranks, sizes = processes.gather_array(ranks), processes.gather_array(sizes)
+        shown = processes.sum_array(shown.astype(np.int32)) > 0
+        repeated, unknown = processes.sum_number(repeated), processes.sum_number(unknown)
     by_user = per_user(Ranks(np.repeat(np.arange(len(users)), counts), ranks, sizes), cutoffs)
     metrics = {name: float(values.mean()) for name, values in by_user.items()}
     catalogue = size if candidates is None else int(candidates.sum())
     for level, k in enumerate(cutoffs):
         metrics[f"coverage@{k}"] = float(shown[level].sum() / max(catalogue, 1))
-    return Evaluation(metrics, by_user, users, len(pair_user), repeated, unknown)
+    return Evaluation(metrics, by_user, users, len(ranks), repeated, unknown)
 
 
-def popularity_of(train: Interactions) -> Recommender:
+def popularity_of(train: Interactions, processes: Processes = ALONE) -> Recommender:
     """Count how often each item was taken: the baseline beside every result."""
     model = Popularity(max(train.num_users, 1), max(train.num_items, 1), PopularityConfig())
     model.count(torch.from_numpy(train.item_index.astype(np.int64)))
+    model.counts.copy_(processes.sum_tensor(model.counts))
     return Recommender(model, train.users, train.items)
 
 

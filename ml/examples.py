@@ -43,8 +43,9 @@ class Examples:
     def targets(self, positions: Tensor, number: int) -> tuple[Tensor, Tensor]:
         """The items from each position on, (batch, number), and which of them are there."""
         rows = positions.unsqueeze(1) + torch.arange(number, device=positions.device)
-        end = self.offsets[self.users[positions] + 1].unsqueeze(1)
-        return self.items[rows.clamp(max=len(self.items) - 1)], rows < end
+        is_there = rows < self.offsets[self.users[positions] + 1].unsqueeze(1)
+        # In place of those that are not there stands the first, which is learnt from anyway: no other row may move.
+        return self.items[torch.where(is_there, rows, positions.unsqueeze(1))], is_there
 
     def weight(self, positions: Tensor, number: int) -> Tensor | None:
         """The weights of the targets, (batch, number), or None where all weigh the same."""

@@ -3,7 +3,7 @@
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ import torch
 import typer
 
 from ml import progress
+from ml.distributed import ALONE, Processes, joined, shares
 from ml.evaluate import CUTOFFS, Evaluation, Ranker, evaluate, popularity_of
 from ml.importers import Loaded, load, open_source
 from ml.interactions import Interactions
@@ -51,11 +52,15 @@ def run(
     device: str = "cpu",
     negatives: int = 0,
     on_progress: Callable[[Progress], None] | None = None,
+    processes: Processes = ALONE,
 ) -> Outcome:
-    """Train on the split's training part, stop early by its validation, and evaluate the test once, at the end."""
+    """Train on the split's training part, stop early by its validation, and evaluate the test once, at the end.
+
+    Each of several `processes` brings the split of its own users.
+    """
     started = time.perf_counter()
-    evaluator = SplitEvaluator(split, negatives=negatives, seed=seed)
-    popular, strangers = popularity_of(split.train), MODELS[recipe.model].folds_in
+    evaluator = SplitEvaluator(split, negatives=negatives, seed=seed, processes=processes)
+    popular, strangers = popularity_of(split.train, processes), MODELS[recipe.model].folds_in
     baseline = {part: evaluator.evaluate(popular, part, strangers=strangers) for part in evaluator.parts}
     result = train(
         recipe,
@@ -64,6 +69,7 @@ def run(
         device=device,
         seed=seed,
         on_progress=on_progress,
+        processes=processes,
     )
     recommender = Recommender(result.model, split.train.users, split.train.items)
     found = {part: evaluator.evaluate(recommender, part) for part in evaluator.parts}
@@ -71,10 +77,14 @@ def run(
 
 
 class SplitEvaluator:
-    """Evaluate on the parts of a split: validation after training, test after both."""
+    """Evaluate on the parts of a split: validation after training, test after both.
 
-    def __init__(self, split: Split, *, negatives: int = 0, seed: int = 0) -> None:
+    Each of several `processes` brings the split of its own users, and all get the figures over everybody.
+    """
+
+    def __init__(self, split: Split, *, negatives: int = 0, seed: int = 0, processes: Processes = ALONE) -> None:
         self.split = split
+        self.processes = processes
         self.negatives = negatives
         self.seed = seed
         # Users without training rows were never learnt: what the model holds for them is noise.
@@ -109,6 +119,7 @@ class SplitEvaluator:
             negatives=self.negatives if negatives is None else negatives,
             seed=self.seed,
             known_users=self.known_users,
+            processes=self.processes,
         )
 
     def stopping_metric(self, model: RankingModel) -> dict[str, float]:
@@ -118,12 +129,12 @@ class SplitEvaluator:
 
     def _can_validate(self) -> bool:
         train, held = self.split.train, self.split.validation
-        if not len(held):
-            return False
-        size = train.num_items
-        seen = train.user_index.astype(np.int64) * size + train.item_index
-        wanted = held.user_index.astype(np.int64) * size + held.item_index
-        return bool((self.known_users[held.user_index] & ~np.isin(wanted, seen)).any())
+        # One user is enough, and almost always the first will do.
+        found = any(
+            self.known_users[user] and item not in train.history(user)
+            for user, item in zip(held.user_index, held.item_index, strict=True)
+        )
+        return self.processes.sum_number(int(found)) > 0
 
 
 def chosen_device(name: str) -> str:
@@ -167,17 +178,55 @@ def run_command(
     """The body of `ml experiment`."""
     recipe = chosen_recipe(recipe_name, settings)
     device = chosen_device(device)
+    with joined(device) as processes:
+        document = _experiment(
+            recipe,
+            data,
+            format,
+            split,
+            negatives,
+            seed,
+            seeds,
+            device,
+            metrics_out if processes.is_first else None,
+            processes,
+        )
+    if not processes.is_first:
+        return
+    if as_json:
+        typer.echo(json.dumps(document, allow_nan=False))
+    else:
+        _show(document)
+
+
+def _experiment(
+    recipe: Recipe,
+    data: Path,
+    format: str | None,  # noqa: A002
+    split: str | None,
+    negatives: int,
+    seed: int,
+    seeds: int | None,
+    device: str,
+    metrics_out: Path | None,
+    processes: Processes,
+) -> dict[str, Any]:
+    """Run every seed; returns what is printed."""
     started = time.perf_counter()
-    loaded = load(open_source(data, format))
+    with processes.together():
+        loaded = load(open_source(data, format))
     interactions = loaded.interactions
     described = (
         f"{len(interactions):,} interactions of {interactions.num_users:,} users, {interactions.num_items:,} items"
     )
-    typer.echo(f"{loaded.source.name}: {described}", err=True)
+    if processes.is_first:
+        typer.echo(f"{loaded.source.name}: {described}", err=True)
     outcomes = []
     with _JsonLines(metrics_out) as lines:
         for number in range(seed, seed + (seeds or 1)):
-            parts = split_of(loaded, split, number)
+            with processes.together():
+                whole = split_of(loaded, split, number)
+            parts = _share_of(whole, processes)
             title = recipe.name if seeds is None else f"{recipe.name}, seed {number}"
             with progress.shown(title) as report:
 
@@ -186,10 +235,18 @@ def run_command(
                     if step.epoch_ended:
                         lines.write({"kind": "epoch", "seed": seed, **progress.as_json(step)})
 
-                outcome = run(recipe, parts, seed=number, device=device, negatives=negatives, on_progress=on_progress)
+                outcome = run(
+                    recipe,
+                    parts,
+                    seed=number,
+                    device=device,
+                    negatives=negatives,
+                    on_progress=on_progress if processes.is_first else None,
+                    processes=processes,
+                )
             lines.write({"kind": "result", **_one(outcome)})
             outcomes.append(outcome)
-    document = {
+    return {
         "recipe": recipe.name,
         "seed": seed if seeds is None else [outcome.seed for outcome in outcomes],
         "data": {
@@ -200,17 +257,26 @@ def run_command(
             "users": interactions.num_users,
             "items": interactions.num_items,
         },
-        "split": _split_facts(outcomes[0].split),
+        "split": _split_facts(whole),
         "negatives": negatives,
         "settings": recipe.as_dict(),
         "device": device,
         **(_one(outcomes[0]) if seeds is None else _several(outcomes)),
         "seconds": time.perf_counter() - started,
     }
-    if as_json:
-        typer.echo(json.dumps(document, allow_nan=False))
-    else:
-        _show(document)
+
+
+def _share_of(split: Split, processes: Processes) -> Split:
+    """The part of a split that is about a process's own users."""
+    if processes.size == 1:
+        return split
+    bounds = shares(np.diff(split.train.offsets), processes.size)
+    first, end = bounds[processes.rank : processes.rank + 2]
+    train, validation, test = (
+        part.select((part.user_index >= first) & (part.user_index < end))
+        for part in (split.train, split.validation, split.test)
+    )
+    return replace(split, train=train, validation=validation, test=test)
 
 
 def _split_facts(split: Split) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +13,9 @@ import pyarrow.compute as pc
 
 from ml.ids import IdMap, Strings
 from ml.snapshots import RETRACT, EventMeaning, meaning_of
+
+if TYPE_CHECKING:
+    from ml.distributed import Processes
 
 Array = npt.NDArray[Any]
 
@@ -139,16 +142,26 @@ class Interactions:
         return pd.DataFrame(columns if self.weight is None else {**columns, "weight": self.weight})
 
     @classmethod
-    def from_events(cls, events: Any, meanings: Mapping[str, EventMeaning]) -> "Interactions":
+    def from_events(
+        cls, events: Any, meanings: Mapping[str, EventMeaning], processes: "Processes | None" = None
+    ) -> "Interactions":
         """Build from a table, or tables, of events (PART_SCHEMA), leaving out what their meanings leave out.
 
         Events that a `retract` takes back are left out wherever the retraction lies. The id maps hold the users and
         items that are left. `position` and `retracts` may be missing; then input order is the order.
+
+        Several `processes` each bring some of the events, with positions, and end with all interactions of some of the
+        users, over the id maps of all.
         """
         kept = _Kept()
-        for table in _batches(events):
-            kept.add(table, meanings)
-        return kept.interactions()
+        if processes is None or processes.size == 1:
+            for table in _batches(events):
+                kept.add(table, meanings)
+            return kept.interactions()
+        with processes.together():
+            for table in _batches(events):
+                kept.add(table, meanings)
+        return kept.shared(processes)
 
 
 class _Kept:
@@ -203,6 +216,37 @@ class _Kept:
             )
         return _sorted(users, items, user_index, item_index, time, None if (weight == 1).all() else weight, position)
 
+    def shared(self, processes: "Processes") -> Interactions:
+        """Send each interaction to the process whose user it is of."""
+        from ml.distributed import shares
+
+        position = _joined(self.positions, np.int64)
+        user_words, user_codes = _words(self.users)
+        item_words, item_codes = _words(self.items)
+        retracted = processes.gather_array(_joined(self.retracted, np.int64))
+        left = ~np.isin(position, retracted)
+        users, user_rank = _joint_map(user_words, user_codes[left], processes)
+        items, item_rank = _joint_map(item_words, item_codes[left], processes)
+        user_index, item_index = user_rank[user_codes[left]], item_rank[item_codes[left]]
+        bounds = shares(processes.sum_array(np.bincount(user_index, minlength=len(users))), processes.size)
+        owner = np.searchsorted(bounds[1:], user_index, side="right")
+        columns = [
+            processes.exchange_rows(column, owner)
+            for column in (
+                user_index,
+                item_index,
+                _joined(self.times, np.int64)[left],
+                _joined(self.weights, np.float32)[left],
+                position[left],
+            )
+        ]
+        user_index, item_index, time, weight, position = columns
+        all_alike = processes.sum_number(int((weight != 1).sum())) == 0
+        order = _order(user_index, time, position) if len(time) else slice(None)
+        return Interactions(
+            users, items, user_index[order], item_index[order], time[order], None if all_alike else weight[order]
+        )
+
 
 def _meaning_arrays(table: pa.Table, meanings: Mapping[str, EventMeaning]) -> tuple[Array, npt.NDArray[np.float32]]:
     """Return for each event whether it is an interaction, and its weight."""
@@ -242,16 +286,29 @@ def _dictionary(column: Any) -> Any:
 
 def _encode(columns: list[Any]) -> tuple[IdMap, npt.NDArray[np.int32]]:
     """Return the map of all ids and the index of each row."""
-    chunks = [chunk for column in columns for chunk in column.chunks if len(chunk)]
-    if not chunks:
+    words, codes = _words(columns)
+    if not len(codes):
         return IdMap.from_ids([]), np.zeros(0, np.int32)
-    unified = pa.chunked_array(chunks).unify_dictionaries()
-    words = unified.chunk(0).dictionary
-    codes = np.concatenate([chunk.indices.to_numpy() for chunk in unified.chunks])
     used = np.bincount(codes, minlength=len(words)) > 0  # a dictionary may hold words of rows left out
     users = IdMap.from_ids(words.filter(pa.array(used)))
     rank = users.indices(words).astype(np.int32)
     return users, rank[codes]
+
+
+def _words(columns: list[Any]) -> tuple[Any, npt.NDArray[np.int32]]:
+    """Return the distinct ids, in no order, and the place among them of each row's."""
+    chunks = [chunk for column in columns for chunk in column.chunks if len(chunk)]
+    if not chunks:
+        return pa.array([], pa.large_string()), np.zeros(0, np.int32)
+    unified = pa.chunked_array(chunks).unify_dictionaries()
+    return unified.chunk(0).dictionary, np.concatenate([chunk.indices.to_numpy() for chunk in unified.chunks])
+
+
+def _joint_map(words: Any, codes: npt.NDArray[np.int32], processes: "Processes") -> tuple[IdMap, npt.NDArray[np.int32]]:
+    """Return the map of all processes' ids that rows name, and the index in it of each word; -1 for others."""
+    used = words.filter(pa.array(np.bincount(codes, minlength=len(words)) > 0))
+    joint = IdMap.from_ids(processes.gather_strings(used))
+    return joint, joint.indices(words).astype(np.int32)
 
 
 def _sorted(

@@ -21,6 +21,7 @@ import torch
 import typer
 
 from ml import progress
+from ml.distributed import ALONE, Processes, joined
 from ml.evaluate import popularity_of
 from ml.experiment import TEST, VALIDATION, SplitEvaluator, chosen_device, chosen_recipe, counts_of
 from ml.interactions import Interactions
@@ -63,6 +64,20 @@ class Reporter:
         self.emit("epoch" if step.epoch_ended else "progress", "", phase=phase, **progress.as_json(step))
 
 
+class Silent(Reporter):
+    """Says nothing: of several processes, only the first reports."""
+
+    def __init__(self) -> None:
+        super().__init__(as_json=True)
+
+    def emit(self, kind: str, text: str, **values: Any) -> None:
+        """Write nothing."""
+
+    def training(self, phase: str) -> Any:  # noqa: ARG002
+        """Follow no training."""
+        return nullcontext()
+
+
 @dataclass(frozen=True)
 class Training:
     """What to train, from what, and under which name to publish it."""
@@ -87,13 +102,17 @@ class Training:
 
 
 class Workspace:
-    """The folder in which a training leaves what it has done; nothing is kept without one."""
+    """The folder in which a training leaves what it has done; nothing is kept without one.
 
-    def __init__(self, folder: Path | None, identity: str) -> None:
+    Of several processes all know it, and the first one keeps it.
+    """
+
+    def __init__(self, folder: Path | None, identity: str, processes: Processes = ALONE) -> None:
         self._folder = folder
+        self._processes = processes
         self._identity = identity
         self._finished: dict[str, Any] = {"identity": identity}
-        if folder is None:
+        if folder is None or not processes.is_first:
             return
         folder.mkdir(parents=True, exist_ok=True)
         try:
@@ -112,7 +131,7 @@ class Workspace:
 
     def finished(self, phase: str) -> dict[str, Any] | None:
         """Return what a phase gave if it is over."""
-        found: dict[str, Any] | None = self._finished.get(phase)
+        found: dict[str, Any] | None = self._processes.gather_values(self._finished.get(phase))[0]
         return found
 
     def finish(self, phase: str, outcome: dict[str, Any]) -> None:
@@ -122,13 +141,13 @@ class Workspace:
 
     def remove_checkpoints(self) -> None:
         """Remove the state of phases; it is as large as the model, several times."""
-        for phase in ("fit", "refit"):
+        for phase in ("fit", "refit") if self._processes.is_first else ():
             path = self.checkpoint(phase)
             if path is not None:
                 path.unlink(missing_ok=True)
 
     def _save(self) -> None:
-        if self._folder is None:
+        if self._folder is None or not self._processes.is_first:
             return
         temporary = self._folder / f"finished.json.{os.getpid()}.temporary"  # several may use one folder
         try:
@@ -141,8 +160,16 @@ class Workspace:
             temporary.unlink(missing_ok=True)
 
 
-def produce(training: Training, store_url: str, checkpoint_dir: Path | None, report: Reporter) -> Manifest:
+def produce(
+    training: Training,
+    store_url: str,
+    checkpoint_dir: Path | None,
+    report: Reporter,
+    processes: Processes = ALONE,
+) -> Manifest:
     """Do all phases that are not done yet and return the manifest of the published version.
+
+    Of several `processes` each trains on its own users, and the first reports, keeps checkpoints and publishes.
 
     ValueError for data that is too little, a snapshot or version that is damaged, or a training that diverges.
     """
@@ -150,15 +177,15 @@ def produce(training: Training, store_url: str, checkpoint_dir: Path | None, rep
     registry = Registry(store, None if checkpoint_dir is None else checkpoint_dir / "versions")
     if (already := _published(registry, training)) is not None:
         return _report_published(already, report)
-    workspace = Workspace(checkpoint_dir, training.identity())
+    workspace = Workspace(checkpoint_dir, training.identity(), processes)
     report.phase("load")
-    interactions = interactions_of(store, training.snapshot)
-    _check_enough(interactions)
+    interactions = interactions_of(store, training.snapshot, processes)
+    _check_enough(interactions, processes)
     parent = None if training.warm_start is None else registry.load(training.warm_start)
     evaluated = workspace.finished("evaluate")
     # What it was compared with may have been replaced since; the fit itself is still in its checkpoint.
     if evaluated is None or evaluated["compare"] != training.compare:
-        evaluated = _fit_and_evaluate(training, interactions, parent, registry, workspace, report)
+        evaluated = _fit_and_evaluate(training, interactions, parent, registry, workspace, report, processes)
         workspace.finish("evaluate", evaluated)
     metrics = evaluated["metrics"]
     report.emit(
@@ -172,32 +199,42 @@ def produce(training: Training, store_url: str, checkpoint_dir: Path | None, rep
         epochs=evaluated["epochs"],
     )
 
-    report.phase("refit", epochs=evaluated["epochs"])
+    recipe = training.recipe if parent is None else training.recipe.warm()
+    epochs = min(evaluated["epochs"], recipe.epochs)  # where the fit was not warm, it took more
+    report.phase("refit", epochs=epochs)
     with report.training("refit") as on_progress:
         result = train(
-            training.recipe,
+            recipe,
             interactions,
             None,
             device=training.device,
             seed=training.seed,
             checkpoint=workspace.checkpoint("refit"),
             on_progress=on_progress,
-            epochs=evaluated["epochs"],
-            initial=None if parent is None else _grown(training, interactions, *parent),
+            epochs=epochs,
+            initial=None
+            if parent is None
+            else grown(training.recipe, interactions, parent[0], parent[1].version, training.seed),
+            processes=processes,
         )
     report.phase("publish")
-    manifest = registry.publish(
-        Recommender(result.model, interactions.users, interactions.items),
-        recipe=training.recipe.as_dict(),
-        version=training.version,
-        snapshot=training.snapshot,
-        metrics=metrics,
-        trained_through=rfc3339(int(interactions.time.max())),
-        refit=True,
-        parent_version=training.warm_start,
-        run_id=training.run_id,
-        run_epoch=training.run_epoch,
-    )
+    _, newest = _reach(interactions, processes)
+    name = ""
+    with processes.together():
+        if processes.is_first:
+            name = registry.publish(
+                Recommender(result.model, interactions.users, interactions.items),
+                recipe=training.recipe.as_dict(),
+                version=training.version,
+                snapshot=training.snapshot,
+                metrics=metrics,
+                trained_through=newest,
+                refit=True,
+                parent_version=training.warm_start,
+                run_id=training.run_id,
+                run_epoch=training.run_epoch,
+            ).version
+    manifest = registry.manifest(processes.gather_values(name)[0])
     workspace.remove_checkpoints()
     return _report_published(manifest, report)
 
@@ -209,6 +246,7 @@ def _fit_and_evaluate(
     registry: Registry,
     workspace: Workspace,
     report: Reporter,
+    processes: Processes,
 ) -> dict[str, Any]:
     """Train on all but the hold-out, stop early by validation, and rank the test once."""
     started = time.perf_counter()
@@ -216,14 +254,15 @@ def _fit_and_evaluate(
     if parent is not None and parent[1].trained_through is not None:
         # The parent was trained on what came before, so only what came after is a test for its heirs.
         newer = leave_one_out(interactions, after=microseconds(parent[1].trained_through))
-        if min(len(newer.validation), len(newer.test)) >= FEWEST_NEW_USERS:
-            split, initial = newer, _grown(training, interactions, *parent)
+        held_out = processes.sum_number(len(newer.validation)), processes.sum_number(len(newer.test))
+        if min(held_out) >= FEWEST_NEW_USERS:
+            split, initial = newer, grown(training.recipe, interactions, parent[0], parent[1].version, training.seed)
     check_no_leak(split, interactions)
     report.phase("fit", warm=initial is not None)
-    evaluator = SplitEvaluator(split, seed=training.seed)
+    evaluator = SplitEvaluator(split, seed=training.seed, processes=processes)
     with report.training("fit") as on_progress:
         result = train(
-            training.recipe,
+            training.recipe if initial is None else training.recipe.warm(),
             split.train,
             evaluator.stopping_metric if VALIDATION in evaluator.parts else None,
             device=training.device,
@@ -231,11 +270,13 @@ def _fit_and_evaluate(
             checkpoint=workspace.checkpoint("fit"),
             on_progress=on_progress,
             initial=initial,
+            processes=processes,
         )
     report.phase("evaluate")
     recommender = Recommender(result.model, interactions.users, interactions.items)
-    popular = popularity_of(split.train)
+    popular = popularity_of(split.train, processes)
     found = {part: evaluator.evaluate(recommender, part) for part in evaluator.parts}
+    oldest, newest = _reach(split.test, processes)
     return {
         "epochs": max(result.best_epoch, 1),
         "compare": training.compare,
@@ -244,13 +285,13 @@ def _fit_and_evaluate(
             TEST: found[TEST].metrics,
             "popularity": evaluator.evaluate(popular, TEST).metrics,
             "intervals": found[TEST].intervals(),
-            "compared": _compare(training, split, recommender, registry, report),
+            "compared": _compare(training, split, recommender, registry, report, processes),
             "evaluated_on": {
                 "snapshot": training.snapshot,
                 "split": split.name,
-                "from": rfc3339(int(split.test.time.min())),
-                "through": rfc3339(int(split.test.time.max())),
-                "interactions": len(split.test),
+                "from": oldest,
+                "through": newest,
+                "interactions": processes.sum_number(len(split.test)),
                 "warm": initial is not None,
                 **counts_of(found[TEST]),
             },
@@ -262,7 +303,12 @@ def _fit_and_evaluate(
 
 
 def _compare(
-    training: Training, split: Split, recommender: Recommender, registry: Registry, report: Reporter
+    training: Training,
+    split: Split,
+    recommender: Recommender,
+    registry: Registry,
+    report: Reporter,
+    processes: Processes,
 ) -> dict[str, Any] | None:
     if training.compare is None:
         return None
@@ -272,32 +318,40 @@ def _compare(
         # A version that went bad must not keep a better one from coming.
         report.emit("note", f"not compared: {error}", message=f"not compared: {error}")
         return None
-    figures = compared(recommender, other, manifest.trained_through, split.history_for_test(), split.test)
+    figures = compared(recommender, other, manifest.trained_through, split.history_for_test(), split.test, processes)
     return None if figures is None else {"version": training.compare, **figures}
 
 
-def _grown(training: Training, interactions: Interactions, parent: Recommender, manifest: Manifest) -> RankingModel:
+def grown(recipe: Recipe, interactions: Interactions, parent: Recommender, version: str, seed: int) -> RankingModel:
     """Start from the parent's weights: its rows for the users and items it knew, fresh rows for the others."""
-    recipe = training.recipe
     with torch.random.fork_rng([]):
-        torch.manual_seed(training.seed)
+        torch.manual_seed(seed)
         fresh = build_model(recipe.model, interactions.num_users, interactions.num_items, recipe.config)
     if type(parent.model) is not type(fresh) or parent.model.config != fresh.config:
         raise ValueError(
-            f"{recipe.name} cannot start from version {manifest.version}, whose model is {manifest.model['name']} "
-            f"with {manifest.model['config']}: train without a warm start, or with the same model and settings"
+            f"{recipe.name} cannot start from version {version}, a {type(parent.model).__name__} with "
+            f"{parent.model.config}: train without a warm start, or with the same model and settings"
         )
     user_rows = parent.users.indices(interactions.users.array)
     item_rows = parent.items.indices(interactions.items.array)
     return grown_from(parent.model, fresh, user_rows, item_rows)
 
 
-def _check_enough(interactions: Interactions) -> None:
-    if not len(interactions):
+def _reach(interactions: Interactions, processes: Processes) -> tuple[str, str]:
+    """The times of the first and the last interaction, over all processes; there is at least one."""
+    times = interactions.time
+    ends = processes.gather_values([int(times.min()), int(times.max())] if len(times) else [])
+    moments = [moment for pair in ends for moment in pair]
+    return rfc3339(min(moments)), rfc3339(max(moments))
+
+
+def _check_enough(interactions: Interactions, processes: Processes) -> None:
+    number = processes.sum_number(len(interactions))
+    if not number:
         raise ValueError("the snapshot holds no interaction: post feedback or import events first")
-    if interactions.num_items < 2 or not (np.diff(interactions.offsets) >= 3).any():
+    if interactions.num_items < 2 or not processes.sum_number(int((np.diff(interactions.offsets) >= 3).sum())):
         raise ValueError(
-            f"there is too little to train and evaluate on: {len(interactions)} interactions of "
+            f"there is too little to train and evaluate on: {number} interactions of "
             f"{interactions.num_users} users with {interactions.num_items} items. "
             "At least two items and a user with three interactions are needed"
         )
@@ -363,7 +417,11 @@ def run_command(
             seed=seed,
             device=chosen_device(device),
         )
-        produce(training, store_url, checkpoint_dir, report)
+        with joined(training.device) as processes:
+            if not processes.is_first:
+                # Its errors are for the reader of the output, not for the program that follows the first one.
+                report = Reporter(as_json=False)
+            produce(training, store_url, checkpoint_dir, report if processes.is_first else Silent(), processes)
     except (ValueError, OSError) as error:
         report.emit("error", f"error: {error}", message=str(error))
         return 2

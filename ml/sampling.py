@@ -8,6 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ml.distributed import ALONE, Processes
+
 # Times a draw is repeated for the samples that hit a seen item; what still collides is marked invalid.
 ROUNDS = 4
 # Up to this many bytes, who has seen what is one bit a pair; past it, a binary search over the pairs.
@@ -64,13 +66,14 @@ class NegativeSampler:
         *,
         distribution: Literal["uniform", "popularity"] = "uniform",
         popularity_power: float = 0.75,
+        processes: Processes = ALONE,
     ) -> None:
         self.num_items = num_items
         self.seen = SeenItems(users, items, num_users, num_items)
         self._cumulative: Tensor | None = None
         if distribution == "popularity":
             # On the CPU, since sums on a GPU may differ from run to run; doubles, so that rare items stay reachable.
-            counts = torch.bincount(items.cpu(), minlength=num_items).double() ** popularity_power
+            counts = processes.sum_tensor(torch.bincount(items.cpu(), minlength=num_items)).double() ** popularity_power
             self._cumulative = (counts.cumsum(0) / counts.sum()).to(items.device)
 
     def draw(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:

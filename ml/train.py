@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ml.checkpoint import load_checkpoint, save_checkpoint
+from ml.distributed import ALONE, Processes
 from ml.examples import Examples
 from ml.interactions import Interactions
 from ml.losses import LOSSES, MARGIN_LOSSES
@@ -76,6 +77,7 @@ def train(
     on_progress: Callable[[Progress], None] | None = None,
     epochs: int | None = None,
     initial: RankingModel | None = None,
+    processes: Processes = ALONE,
 ) -> TrainResult:
     """Train a recipe on interactions, and keep the weights of the epoch with the best validation nDCG@10.
 
@@ -83,9 +85,13 @@ def train(
     instead of the recipe's. `initial` gives the weights to start from. With `checkpoint`, the state is saved there
     after every epoch, and a training that finds its own state there goes on from it: on a CPU the result is the same
     to the last digit. A callback may raise to stop the training.
+
+    Several `processes` call it with their own users' interactions, over the same id maps, and all end with the same
+    model: `validation_metric` must then give all of them the same figures, and the first one keeps the checkpoint,
+    where the others must find it.
     """
     device = torch.device(device)
-    if len(interactions) == 0:
+    if processes.sum_number(len(interactions)) == 0:
         raise ValueError("there is nothing to train on: no interactions")
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices):  # dropout and initial weights draw from torch's own generator
@@ -95,18 +101,30 @@ def train(
             model.load_state_dict(initial.state_dict())
         model.to(device)
         model.count(torch.as_tensor(interactions.item_index, dtype=torch.int64, device=device))
+        for name, counts in model.named_buffers():
+            if name == "counts":
+                counts.copy_(processes.sum_tensor(counts))
         if isinstance(model, Popularity):
-            return _count(model, interactions, validation_metric, on_progress)
+            return _count(model, interactions, validation_metric, on_progress, processes)
         epochs = recipe.epochs if epochs is None else epochs
-        loop = _Loop(recipe, model, interactions, device, seed, epochs, on_progress)
-        fingerprint = "" if checkpoint is None else _fingerprint(recipe, interactions, seed, epochs, device, initial)
-        if checkpoint is not None and (state := load_checkpoint(checkpoint, fingerprint)) is not None:
-            loop.restore(state)
+        if not processes.is_first:  # the weights are the same everywhere, what dropout leaves out is not
+            torch.manual_seed(processes.seed(seed))
+        loop = _Loop(recipe, model, interactions, device, seed, epochs, on_progress, processes)
+        fingerprint = (
+            ""
+            if checkpoint is None
+            else processes.joint_name(_fingerprint(recipe, interactions, seed, epochs, device, initial))
+        )
+        if checkpoint is not None:
+            loop.restore_from(checkpoint, fingerprint)
         while loop.epoch < epochs and not loop.stopped:
             loop.run_epoch()
             loop.validate(validation_metric)
             if checkpoint is not None:
-                save_checkpoint(checkpoint, fingerprint, loop.state())
+                state = loop.state()
+                with processes.together():
+                    if processes.is_first:
+                        save_checkpoint(checkpoint, fingerprint, state)
         return loop.result()
 
 
@@ -121,6 +139,7 @@ class _Loop:
     seed: int
     epochs: int
     on_progress: Callable[[Progress], None] | None
+    processes: Processes
     epoch: int = 0
     best_epoch: int = 0
     best_score: float = -math.inf
@@ -141,9 +160,15 @@ class _Loop:
             data.num_items,
             distribution=distribution,
             popularity_power=recipe.popularity_power,
+            processes=self.processes,
         )
+        self.number = self.processes.sum_number(len(self.examples))
         self.optimizer = RowAdam(self.model.parameters(), recipe.learning_rate, l2=recipe.l2)
-        self.generator = torch.Generator(self.device).manual_seed(self.seed)
+        self.generator = torch.Generator(self.device).manual_seed(self.processes.seed(self.seed))
+        # What a whole batch shares must be the same in all processes.
+        self.common_generator = self.processes.common_generator(self.seed, self.generator)
+        self.parameters = dict(self.model.named_parameters())
+        self.tables = {*self.model.user_tables, *self.model.item_tables}
         self.is_hard = recipe.sampling in ("hard", "semi_hard")
         self.hidden_share = recipe.config.unknown_user_share if isinstance(recipe.config, CaserConfig) else 0.0
         if recipe.loss in MARGIN_LOSSES:
@@ -154,20 +179,21 @@ class _Loop:
     def run_epoch(self) -> None:
         """Show the model every example once, in a new order."""
         self.model.train()
-        number, size = len(self.examples), self.recipe.batch_size
+        number, size = self.number, self.recipe.batch_size
         if self.model.window_length == 0 and self.recipe.targets > 1:
             # Without a window, the targets of a step are any of a user's items, who are scored against one draw.
             order = self.examples.group(self.recipe.targets, self.generator)
-            size = max(1, round(size * len(order) / number))  # groups that hold about batch_size targets
+            groups = self.processes.sum_number(len(order))
+            size = max(1, round(size * groups / number))  # groups that hold about batch_size targets
         else:
-            order = torch.arange(number, device=self.device)
+            order, groups = torch.arange(len(self.examples), device=self.device), number
         order = order[torch.randperm(len(order), generator=self.generator, device=self.device)]
         total = torch.zeros((), dtype=torch.float64, device=self.device)
-        steps = -(-len(order) // size)
+        steps = -(-groups // size)
         started = reported = time.perf_counter()
         for step in range(steps):
             self._set_rate(self.epoch + step / steps)
-            loss = self._step(order[step * size : (step + 1) * size])
+            loss = self._step(self.processes.part(order, step, steps, size))
             total += loss
             if self.device.type == "cpu" or step % GPU_LOOK_EVERY == GPU_LOOK_EVERY - 1 or step == steps - 1:
                 value = float(loss)
@@ -179,6 +205,7 @@ class _Loop:
                     self._report(number * (step + 1) // steps, now - started, value)
         if not all(bool(parameter.isfinite().all()) for parameter in self.model.parameters()):
             raise self._not_finite("weights", steps)
+        self.processes.align(self.model.parameters())
         self.epoch += 1
         seconds = time.perf_counter() - started
         self.train_seconds += seconds
@@ -194,15 +221,27 @@ class _Loop:
             self.optimizer.set_learning_rate(self.recipe.learning_rate * 0.5 * (1 + math.cos(math.pi * done)))
 
     def _step(self, positions: Tensor) -> Tensor:
-        """Learn from the examples at these positions; returns their loss."""
+        """Learn from the examples at these positions, and from those of the other processes; returns their loss."""
+        self.optimizer.zero_grad(set_to_none=True)
+        loss, weight = self._learn(positions)
+        loss = self.processes.add_gradients(self.parameters, self.tables, loss, weight)
+        self.optimizer.step()
+        return loss
+
+    def _learn(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute the gradients of the examples at these positions; returns their loss and what they weigh."""
         recipe, examples = self.recipe, self.examples
         users = examples.users[positions]
         windows = examples.windows(positions, self.model.window_length)
         targets, is_target = examples.targets(positions, recipe.targets)
         weight = examples.weight(positions, recipe.targets)
         number = recipe.pool if self.is_hard else recipe.negatives
-        draw = self.sampler.sample_shared if recipe.shared_negatives else self.sampler.sample
-        negatives = draw(users, number, self.generator)
+        if recipe.shared_negatives:
+            negatives = self.sampler.sample_shared(users, number, self.common_generator)
+        else:
+            negatives = self.sampler.sample(users, number, self.generator)
+        if not len(positions):  # a process with fewer examples than there are steps
+            return torch.zeros((), device=self.device), torch.zeros((), device=self.device)
         if self.hidden_share:
             hidden = torch.rand(len(users), generator=self.generator, device=self.device) < self.hidden_share
             users = torch.where(hidden, self.model.num_users, users)
@@ -219,10 +258,8 @@ class _Loop:
         loss: Tensor = self.loss_function(
             positive.unsqueeze(2), negative.unsqueeze(1), valid.unsqueeze(1), weight.unsqueeze(2)
         )
-        self.optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
-        self.optimizer.step()
-        return loss.detach()
+        return loss.detach(), weight.sum()
 
     def _hardest(self, positive: Tensor, negative: Tensor, negatives: Negatives) -> tuple[Tensor, Tensor]:
         below = positive.detach()[:, :1] if self.recipe.sampling == "semi_hard" else None
@@ -258,7 +295,7 @@ class _Loop:
         epoch_ended: bool = False,
     ) -> None:
         assert self.on_progress is not None
-        number = len(self.examples)
+        number = self.number
         all_done = self.epoch * number + done
         seconds += self.train_seconds
         rate = all_done / max(seconds, 1e-9)
@@ -286,13 +323,18 @@ class _Loop:
         )
 
     def state(self) -> dict[str, Any]:
-        """Everything that the rest of the training depends on."""
+        """Everything that the rest of the training depends on; of random numbers, every process's."""
+        on_gpu = self.device.type == "cuda"
+        random = [
+            self.generator.get_state(),
+            self.common_generator.get_state(),
+            torch.get_rng_state(),
+            torch.cuda.get_rng_state(self.device) if on_gpu else torch.empty(0, dtype=torch.uint8),
+        ]
         return {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "generator": self.generator.get_state(),
-            "torch_generator": torch.get_rng_state(),
-            "cuda_generator": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
+            "random": [self.processes.gather(each) for each in random],
             "best_weights": self.best_weights,
             "numbers": {
                 "epoch": self.epoch,
@@ -305,14 +347,28 @@ class _Loop:
             "history": self.history,
         }
 
+    def restore_from(self, checkpoint: Path, fingerprint: str) -> None:
+        """Go back to where a checkpoint was written, if there is one."""
+        with self.processes.together():
+            state = load_checkpoint(checkpoint, fingerprint)
+        epochs = self.processes.gather_values(-1 if state is None else state["numbers"]["epoch"])
+        if len(set(epochs)) > 1:
+            raise ValueError(
+                f"not all processes find the checkpoint {checkpoint} (epochs {epochs}): keep it where all hosts see it"
+            )
+        if state is not None:
+            self.restore(state)
+
     def restore(self, state: dict[str, Any]) -> None:
         """Go back to what `state` returned."""
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.generator.set_state(state["generator"])
-        torch.set_rng_state(state["torch_generator"])
-        if state["cuda_generator"] is not None:
-            torch.cuda.set_rng_state(state["cuda_generator"], self.device)
+        own, common, host, gpu = (each[self.processes.rank] for each in state["random"])
+        self.generator.set_state(own)
+        self.common_generator.set_state(common)
+        torch.set_rng_state(host)
+        if len(gpu):
+            torch.cuda.set_rng_state(gpu, self.device)
         best = state["best_weights"]
         self.best_weights = None if best is None else {name: value.to(self.device) for name, value in best.items()}
         numbers = state["numbers"]
@@ -333,7 +389,7 @@ class _Loop:
             epochs_run=self.epoch,
             history=self.history,
             seconds=self.train_seconds + self.validation_seconds,
-            examples_per_second=self.epoch * len(self.examples) / max(self.train_seconds, 1e-9),
+            examples_per_second=self.epoch * self.number / max(self.train_seconds, 1e-9),
         )
 
 
@@ -342,6 +398,7 @@ def _count(
     interactions: Interactions,
     validation_metric: ValidationMetric | None,
     on_progress: Callable[[Progress], None] | None,
+    processes: Processes,
 ) -> TrainResult:
     """Popularity is counted, not trained."""
     started = time.perf_counter()
@@ -349,7 +406,7 @@ def _count(
     with torch.no_grad():
         metrics = {} if validation_metric is None else validation_metric(model)
     seconds = time.perf_counter() - started
-    rate = len(interactions) / max(seconds, 1e-9)
+    rate = processes.sum_number(len(interactions)) / max(seconds, 1e-9)
     if on_progress is not None:
         on_progress(Progress(1, 1, 1.0, 0.0, rate, 0.0, metrics or None, epoch_ended=True))
     return TrainResult(model, 1, 1, [{"epoch": 1, "loss": 0.0, "seconds": seconds, **metrics}], seconds, rate)

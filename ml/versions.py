@@ -1,22 +1,25 @@
 """Published versions: list them, and rank with them on data that they were not built from."""
 
 import json
+from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 import torch
 import typer
 from torch import Tensor
 
+from ml.distributed import ALONE, Processes
 from ml.evaluate import Ranker, evaluate, popularity_of
 from ml.experiment import TEST, SplitEvaluator, counts_of, metrics_table, split_of
 from ml.importers import load, open_source
 from ml.interactions import Interactions
 from ml.recommender import Indices, Recommender
 from ml.registry import Registry, VersionDamaged
-from ml.snapshots import read_parts, read_snapshot
+from ml.snapshots import Snapshot, read_part, read_snapshot
 from ml.split import split_by_name
 from ml.store import Store, open_store
 
@@ -64,7 +67,12 @@ def unseen(interactions: Interactions, trained_through: str | None) -> Interacti
 
 
 def compared(
-    this: Ranker, other: Recommender, trained_through: str | None, history: Interactions, test: Interactions
+    this: Ranker,
+    other: Recommender,
+    trained_through: str | None,
+    history: Interactions,
+    test: Interactions,
+    processes: Processes = ALONE,
 ) -> dict[str, float] | None:
     """Rank two models for what the other one has not seen, for users that it can rank for.
 
@@ -75,8 +83,10 @@ def compared(
     if not translated.folds_in:
         targets = targets.select(translated.known_users[targets.user_index])
     try:
-        ours = evaluate(this, history, targets, cutoffs=(10,))
-        theirs = evaluate(translated, history, targets, cutoffs=(10,), known_users=translated.known_users)
+        ours = evaluate(this, history, targets, cutoffs=(10,), processes=processes)
+        theirs = evaluate(
+            translated, history, targets, cutoffs=(10,), known_users=translated.known_users, processes=processes
+        )
     except ValueError:
         return None
     return {"interactions": ours.targets, "this": ours.metrics["ndcg@10"], "that": theirs.metrics["ndcg@10"]}
@@ -162,13 +172,28 @@ def list_command(store_url: str, *, as_json: bool) -> None:
         typer.echo(entry["problem"], err=True)
 
 
-def interactions_of(store: Store, snapshot_hash: str) -> Interactions:
-    """Read the interactions of a snapshot; ValueError if it is missing or damaged."""
+def interactions_of(store: Store, snapshot_hash: str, processes: Processes = ALONE) -> Interactions:
+    """Read the interactions of a snapshot; ValueError if it is missing or damaged.
+
+    Several `processes` each read some of the parts and end with the interactions of their own users.
+    """
     try:
         snapshot = read_snapshot(store, snapshot_hash)
     except KeyError:
         raise ValueError(f"the store holds no snapshot {snapshot_hash[:80]!r}") from None
-    return Interactions.from_events(read_parts(store, snapshot), snapshot.meanings)
+    return Interactions.from_events(_own_parts(store, snapshot, processes), snapshot.meanings, processes)
+
+
+def _own_parts(store: Store, snapshot: Snapshot, processes: Processes) -> Iterator[pa.Table]:
+    """The parts that this process reads, their events numbered through where the parts themselves don't."""
+    first = 0
+    for number, part in enumerate(snapshot.parts):
+        if number % processes.size == processes.rank:
+            table = read_part(store, part)
+            if processes.size > 1 and table["position"].null_count:
+                table = table.set_column(0, "position", pa.array(np.arange(first, first + len(table))))
+            yield table
+        first += part.rows
 
 
 def microseconds(moment: str) -> int:

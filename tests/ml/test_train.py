@@ -279,6 +279,7 @@ def test_windows_and_targets_stay_within_a_users_history() -> None:
     targets, is_there = examples.targets(positions, 2)
     assert targets[:, 0].tolist() == [0, 1, 2, 3, 4]
     assert is_there.tolist() == [[True, True], [True, True], [True, False], [True, True], [True, False]]
+    assert targets[~is_there].tolist() == [2, 4]
 
 
 def test_a_heavier_event_pulls_harder() -> None:
