@@ -20,6 +20,7 @@ from app.security import create_key
 from app.tables import events
 from shortlist_client import (
     AsyncClient,
+    ChartOptions,
     Client,
     ConflictError,
     Event,
@@ -150,9 +151,15 @@ def test_an_empty_answer_says_why(shortlist: Any) -> None:
     assert found.reason
 
 
-def test_popular_items_are_counted(catalogue: None, shortlist: Any) -> None:
-    assert [item.item_id for item in shortlist.popular(k=3)] == ["item-00", "item-01", "item-02"]
-    assert [item.item_id for item in shortlist.popular(category="odd", k=2)] == ["item-01", "item-03"]
+def test_charts_are_for_everybody(catalogue: None, shortlist: Any) -> None:
+    popular = shortlist.popular(k=3)
+    assert (popular.source, [item.item_id for item in popular.items]) == ("popular", ["item-00", "item-01", "item-02"])
+    assert popular.recommendation_id
+    assert [item.item_id for item in shortlist.popular(category="odd", k=2).items] == ["item-01", "item-03"]
+    trending = shortlist.trending(window_hours=2, categories_any=["odd"])
+    assert (trending.source, trending.items) == ("empty", ())
+    assert trending.reason
+    assert len(shortlist.latest(k=30, window_hours=2, categories_none=["odd"]).items) == 15
 
 
 def test_events_carry_all_they_say(shortlist: Any, engine: Engine) -> None:
@@ -357,8 +364,13 @@ def test_answers_have_the_fields_of_the_service() -> None:
 
 def test_options_are_those_of_the_service() -> None:
     operation = description()["paths"]["/users/{user_id}/recommendations"]["get"]
-    taken = {parameter["name"] for parameter in operation["parameters"] if parameter["in"] == "query"}
-    assert taken == get_type_hints(RecommendationOptions).keys() | {"cursor"}
+    assert queried(operation) == get_type_hints(RecommendationOptions).keys() | {"cursor"}
+    for chart in ("popular", "trending", "latest"):
+        assert queried(description()["paths"][f"/{chart}"]["get"]) == get_type_hints(ChartOptions).keys()
+
+
+def queried(operation: dict[str, Any]) -> set[str]:
+    return {parameter["name"] for parameter in operation["parameters"] if parameter["in"] == "query"}
 
 
 def test_everything_public_is_described() -> None:

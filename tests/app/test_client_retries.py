@@ -271,13 +271,14 @@ def script() -> Iterator[Callable[..., Script]]:
 
 
 HASTY = Retries(tries=3, first_delay=0)
-POPULAR = answer("200 OK", b'{"items": [], "added_later": 1}')
+CHART = b'{"recommendation_id": "r-1", "items": [], "source": "added later", "added_later": 1}'
+POPULAR = answer("200 OK", CHART)
 
 
 def test_a_proxy_that_lost_the_service_is_asked_again_with_the_same_request(script: Callable[..., Script]) -> None:
     server = script(answer("502 Bad Gateway", b"<html>"), answer("504 Gateway Timeout", b""), POPULAR)
     with Client(server.address, retries=HASTY) as client:
-        assert client.popular() == ()
+        assert client.popular().recommendation_id == "r-1"
     assert len(server.requests) == 3
     assert len(set(server.requests)) == 1
 
@@ -315,13 +316,10 @@ async def called(kind: Any, address: str) -> Any:
     ("body", "said"),
     [
         (b"<html>", "not answered with JSON"),
-        (b"[]", "PopularItems is not an object"),
-        (b"{}", "PopularItems.items is missing"),
-        (
-            b'{"items": [{"item_id": "a", "score": "1", "rank": 1}]}',
-            r"items\[0\].score is not what this client expects",
-        ),
-        (b'{"items": [{"item_id": "a", "score": 1, "rank": true}]}', r"items\[0\].rank is not what"),
+        (b"[]", "Chart is not an object"),
+        (b"{}", "Chart.recommendation_id is missing"),
+        (CHART.replace(b"[]", b'[{"item_id": "a", "score": "1", "rank": 1}]'), r"items\[0\].score is not what"),
+        (CHART.replace(b"[]", b'[{"item_id": "a", "score": 1, "rank": true}]'), r"items\[0\].rank is not what"),
     ],
 )
 def test_an_answer_of_something_else_is_told_as_such(script: Callable[..., Script], body: bytes, said: str) -> None:

@@ -1,11 +1,12 @@
 """A typed client of the recommendation service Shortlist: `Client` and, for asyncio, `AsyncClient`."""
 
 from shortlist_client.answers import (
+    Chart,
+    ChartItem,
     EventResult,
     Item,
     Model,
     ModelDetails,
-    PopularItem,
     Recommendations,
     RecommendedItem,
     Rollback,
@@ -13,7 +14,7 @@ from shortlist_client.answers import (
     User,
 )
 from shortlist_client.async_client import AsyncClient
-from shortlist_client.calls import RecommendationOptions
+from shortlist_client.calls import ChartOptions, RecommendationOptions
 from shortlist_client.client import Client
 from shortlist_client.errors import (
     AnswerError,
@@ -38,6 +39,9 @@ __all__ = [
     "NO_RETRIES",
     "AnswerError",
     "AsyncClient",
+    "Chart",
+    "ChartItem",
+    "ChartOptions",
     "Client",
     "ConflictError",
     "ConnectionFailedError",
@@ -52,7 +56,6 @@ __all__ = [
     "ModelDetails",
     "NotFoundError",
     "OverloadedError",
-    "PopularItem",
     "ProblemError",
     "RecommendationOptions",
     "Recommendations",

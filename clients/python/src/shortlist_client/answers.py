@@ -43,8 +43,8 @@ class Recommendations:
 
 
 @dataclass(frozen=True, slots=True)
-class PopularItem:
-    """One place among the popular; `score` is how many interactions it has had."""
+class ChartItem:
+    """One place in a chart; what `score` is depends on the chart."""
 
     item_id: str
     score: float
@@ -52,10 +52,13 @@ class PopularItem:
 
 
 @dataclass(frozen=True, slots=True)
-class PopularItems:
-    """Items by how many chose them."""
+class Chart:
+    """A list for everybody alike; empty with a reason. Send `recommendation_id` with the events that it leads to."""
 
-    items: tuple[PopularItem, ...]
+    recommendation_id: str
+    items: tuple[ChartItem, ...]
+    source: Literal["popular", "trending", "latest", "empty"]
+    reason: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,12 +10,12 @@ import httpx2
 
 from shortlist_client import calls
 from shortlist_client.answers import (
+    Chart,
     EventResult,
     Item,
     Model,
     ModelDetails,
     Page,
-    PopularItem,
     Promote,
     Recommendations,
     Rollback,
@@ -23,7 +23,7 @@ from shortlist_client.answers import (
     RunState,
     User,
 )
-from shortlist_client.calls import Call, RecommendationOptions
+from shortlist_client.calls import Call, ChartOptions, RecommendationOptions
 from shortlist_client.errors import RunTimeoutError
 from shortlist_client.events import Event
 from shortlist_client.retries import Retries, Tries
@@ -83,9 +83,17 @@ class AsyncClient:
         async for page in self._pages(lambda cursor: calls.recommendations(user_id, options, cursor)):
             yield page
 
-    async def popular(self, *, k: int = 10, category: str | None = None) -> tuple[PopularItem, ...]:
-        """What most people choose."""
-        return (await self._send(calls.popular(k=k, category=category))).items
+    async def popular(self, **options: Unpack[ChartOptions]) -> Chart:
+        """What most people choose, or chose in the window."""
+        return await self._send(calls.chart("popular", options))
+
+    async def trending(self, **options: Unpack[ChartOptions]) -> Chart:
+        """What is chosen more often than before, the steepest rise first."""
+        return await self._send(calls.chart("trending", options))
+
+    async def latest(self, **options: Unpack[ChartOptions]) -> Chart:
+        """What came into the catalogue last."""
+        return await self._send(calls.chart("latest", options))
 
     async def feedback(self, event: Event) -> EventResult:
         """Tell what a user did. Once this returns, the event is on disk; InvalidError if it was rejected.

@@ -6,20 +6,20 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from functools import partial
-from typing import Any, Generic, TypedDict, TypeVar
+from typing import Any, Generic, Literal, TypedDict, TypeVar
 from urllib.parse import quote, urlencode, urlsplit
 from uuid import uuid4
 
 import httpx2
 
 from shortlist_client.answers import (
+    Chart,
     EventResult,
     FeedbackResults,
     Item,
     Items,
     ModelDetails,
     Models,
-    PopularItems,
     Promote,
     Recommendations,
     Rollback,
@@ -104,24 +104,35 @@ def headers(key: str | None) -> dict[str, str]:
 # --- recommendations and feedback ------------------------------------------------------------------------------------
 
 
-class RecommendationOptions(TypedDict, total=False):
-    """What a list of recommendations may be asked for with; the service decides about what is left out.
+class CategoryOptions(TypedDict, total=False):
+    """Only items of this category, with at least one of these, with each of these, with none of these."""
 
-    `k`: how many items at most. `category`, `categories_any`, `categories_all`, `categories_none`: only items of this
-    category, with at least one, with each, with none of these. `exclude`: items to leave out, up to 10,000.
-    `include_seen`: whether items come again that the user has interacted with. `diversity`: how much the items shall
-    differ from one another, from 0 to 1. `max_per_category`: how many items of any one category at most.
-    """
-
-    k: int
     category: str | None
     categories_any: Iterable[str]
     categories_all: Iterable[str]
     categories_none: Iterable[str]
+
+
+class RecommendationOptions(CategoryOptions, total=False):
+    """What a list of recommendations may be asked for with; the service decides about what is left out.
+
+    `k`: how many items at most. `exclude`: items to leave out, up to 10,000. `include_seen`: whether items come again
+    that the user has interacted with. `diversity`: how much the items shall differ from one another, from 0 to 1.
+    `max_per_category`: how many items of any one category at most.
+    """
+
+    k: int
     exclude: Iterable[str]
     include_seen: bool
     diversity: float
     max_per_category: int | None
+
+
+class ChartOptions(CategoryOptions, total=False):
+    """What a chart may be asked for with: `k` items at most, by what happened in the last `window_hours`."""
+
+    k: int
+    window_hours: int | None
 
 
 LISTS = ("categories_any", "categories_all", "categories_none", "exclude")
@@ -129,16 +140,20 @@ LISTS = ("categories_any", "categories_all", "categories_none", "exclude")
 
 def recommendations(user_id: str, options: RecommendationOptions, cursor: str | None = None) -> Call[Recommendations]:
     path = f"/users/{_part(user_id)}/recommendations"
-    given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
-    lists = {name: _list(name, given[name]) for name in LISTS if name in given}
-    asked = given | lists | ({} if cursor is None else {"cursor": cursor})
-    if sum(len(text) for texts in lists.values() for text in texts) > MAX_LISTS_IN_URL:
+    asked = _given(options) | ({} if cursor is None else {"cursor": cursor})
+    if sum(len(text) for value in asked.values() if isinstance(value, list) for text in value) > MAX_LISTS_IN_URL:
         return Call("POST", path, partial(read, Recommendations), content=_json(asked), headers=JSON)
     return Call("GET", _with(path, asked), partial(read, Recommendations))
 
 
-def popular(*, k: int, category: str | None) -> Call[PopularItems]:
-    return Call("GET", _with("/popular", {"k": k, "category": category}), partial(read, PopularItems))
+def chart(name: Literal["popular", "trending", "latest"], options: ChartOptions) -> Call[Chart]:
+    return Call("GET", _with(f"/{name}", _given(options)), partial(read, Chart))
+
+
+def _given(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options without those that are None, their lists as lists."""
+    given = {name: value for name, value in options.items() if value is not None}
+    return given | {name: _list(name, given[name]) for name in LISTS if name in given}
 
 
 def feedback(event: Event) -> Call[EventResult]:
