@@ -21,7 +21,7 @@ _PROBE = sa.select(
     sa.select(sa.func.max(items.c.updated_at)).scalar_subquery().label("updated_at"),
     sa.select(sa.func.max(erasures.c.sequence)).scalar_subquery().label("erasure"),
 )
-_ITEMS = sa.select(items.c.item_id, items.c.hidden, items.c.categories, items.c.updated_at)
+_ITEMS = sa.select(items.c.item_id, items.c.hidden, items.c.categories, items.c.created_at, items.c.updated_at)
 _ERASURES = sa.select(erasures.c.sequence, erasures.c.kind, erasures.c.subject_sha256).order_by(erasures.c.sequence)
 
 
@@ -31,6 +31,7 @@ class Entry:
 
     hidden: bool
     categories: tuple[str, ...]
+    created_at: datetime
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,10 +106,10 @@ class Catalog:
                 self._erase([(row.sequence, row.kind, row.subject_sha256) for row in newer])
             statement = _ITEMS if since is None else _ITEMS.where(items.c.updated_at >= since)
             rows = connection.execute(statement.execution_options(yield_per=10_000))
-            for item_id, hidden, categories, updated_at in rows:
+            for item_id, hidden, categories, created_at, updated_at in rows:
                 if self._updated_through is None or updated_at > self._updated_through:
                     self._updated_through = updated_at
-                entry = Entry(hidden, tuple(categories))
+                entry = Entry(hidden, tuple(categories), created_at)
                 if self.entries.get(item_id) != entry:
                     self._put(item_id, entry)
             self.loaded = True

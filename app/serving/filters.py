@@ -23,6 +23,14 @@ class CategoryFilter:
             and self.none.isdisjoint(categories)
         )
 
+    def as_logged(self) -> dict[str, list[str]]:
+        """The filter as the recommendation log keeps it."""
+        return {
+            "categories_any": sorted(self.any),
+            "categories_all": sorted(self.all),
+            "categories_none": sorted(self.none),
+        }
+
     def __str__(self) -> str:
         parts = [
             f"{word} the categories {', '.join(map(repr, sorted(categories)))}"
@@ -33,8 +41,3 @@ class CategoryFilter:
 
 
 EVERY_CATEGORY = CategoryFilter()
-
-
-def in_category(category: str | None) -> CategoryFilter:
-    """The filter for one category; None admits every item."""
-    return EVERY_CATEGORY if category is None else CategoryFilter(all=frozenset([category]))

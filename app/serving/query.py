@@ -43,7 +43,7 @@ class Query:
             return _NO_FILTERS
         return _digest(
             [
-                *self._categories(),
+                *self.categories.as_logged().values(),
                 sorted(self.exclude),
                 self.include_seen,
                 self.diversity,
@@ -53,20 +53,14 @@ class Query:
 
     def as_logged(self) -> dict[str, Any]:
         """The filters as the recommendation log keeps them."""
-        some, every, none = self._categories()
         return {
             "k": self.k,
-            "categories_any": some,
-            "categories_all": every,
-            "categories_none": none,
+            **self.categories.as_logged(),
             "exclude": sorted(self.exclude) if len(self.exclude) <= LOGGED_EXCLUDES else len(self.exclude),
             "include_seen": self.include_seen,
             "diversity": self.diversity,
             "max_per_category": self.max_per_category,
         }
-
-    def _categories(self) -> tuple[list[str], list[str], list[str]]:
-        return sorted(self.categories.any), sorted(self.categories.all), sorted(self.categories.none)
 
 
 def _digest(filters: list[Any]) -> bytes:

@@ -18,6 +18,8 @@ from app.tables import erasures, recommendation_log
 
 log = structlog.get_logger(__name__)
 
+# Whose user_id an answer has that was for nobody in particular: no user can have it.
+NOBODY = ""
 QUEUE_LENGTH = 20_000
 BATCH_LENGTH = 500
 # Rows wait at most this long, so that many share one transaction and feedback finds the database free.

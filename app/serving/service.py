@@ -15,11 +15,14 @@ from app import migrations
 from app.database import create_engine, is_outage
 from app.security import KeyRing
 from app.serving.active_models import ActiveModels
+from app.serving.activity import Activity
 from app.serving.catalog import Catalog
+from app.serving.charts import Charts
 from app.serving.cursors import Cursors
 from app.serving.exploration import Explorer
 from app.serving.feedback_writer import FeedbackWriter
 from app.serving.histories import Histories
+from app.serving.latest import Latest
 from app.serving.popularity import Popularity
 from app.serving.ranked_lists import RankedLists
 from app.serving.ranking import Ranker
@@ -47,6 +50,8 @@ class Service:
     histories: Histories
     active_models: ActiveModels
     popularity: Popularity
+    activity: Activity
+    charts: Charts
     recommendation_log: RecommendationLog
     feedback_writer: FeedbackWriter
     cursors: Cursors
@@ -139,6 +144,7 @@ class Service:
         self.catalog.poll(connection)
         self.histories.forget_erased()
         self.popularity.poll(connection)
+        self.activity.poll(connection)
         self.active_models.poll(connection)
 
     def _follow(self) -> None:
@@ -161,6 +167,7 @@ def build_service(settings: Settings) -> Service:
     histories = Histories(engine, catalog, settings.event_meanings, settings.max_history)
     active_models = ActiveModels(registry, store, catalog)
     popularity = Popularity(settings.event_meanings, catalog)
+    activity = Activity(settings.event_meanings, catalog)
     lost = metrics.counter("recommendation_log_lost", "Answers that did not reach the recommendation log.")
     recommendation_log = RecommendationLog(engine, on_lost=lost.inc)
     groups = metrics.counter("feedback_commits", "Transactions that stored feedback.")
@@ -196,6 +203,8 @@ def build_service(settings: Settings) -> Service:
         histories=histories,
         active_models=active_models,
         popularity=popularity,
+        activity=activity,
+        charts=Charts(catalog, popularity, activity, Latest(catalog), recommendation_log),
         recommendation_log=recommendation_log,
         feedback_writer=feedback_writer,
         cursors=cursors,
