@@ -118,6 +118,11 @@ class IdMap:
         found = pc.fill_null(pc.index_in(_large_strings(ids), value_set=self._ids), -1)
         return np.asarray(found.to_numpy(zero_copy_only=False), dtype=np.int64)
 
+    def members(self, ids: Strings) -> npt.NDArray[np.int64]:
+        """Return, in ascending order, the indices of those ids that are in the map: one pass over it for all."""
+        among = pc.is_in(self._ids, value_set=_large_strings(ids))
+        return np.flatnonzero(among.to_numpy(zero_copy_only=False)).astype(np.int64)
+
 
 MAX_ID_LENGTH = 255
 

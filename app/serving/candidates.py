@@ -2,7 +2,7 @@
 
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import numpy as np
@@ -53,20 +53,18 @@ class ItemIndices:
             self._of_number[first:last] = self._items.indices(items.item_ids[first:last])
             self._numbered = last
 
-    def __call__(self, item_ids: Iterable[str]) -> npt.NDArray[np.int64]:
-        """The indices in the given order, without those of items that the version does not know."""
+    def __call__(self, item_ids: Collection[str]) -> npt.NDArray[np.int64]:
+        """The indices of those that the version knows, in any order."""
+        if len(item_ids) > MANY_IDS:  # not kept, or a caller's list would push out the rest
+            return self._items.members(item_ids)
         known = self._known
-        wanted = list(item_ids)
-        missing = [item_id for item_id in wanted if item_id not in known]
-        if len(missing) > MANY_IDS:  # one pass over the whole map; not kept, or a caller's list would push out the rest
-            indices = self._items.indices(wanted)
-            return indices[indices >= 0]
+        missing = [item_id for item_id in item_ids if item_id not in known]
         if len(known) + len(missing) > REMEMBERED_ITEMS:
             known = self._known = {}  # a new one: other threads may be in the middle of reading the old
-            missing = wanted
+            missing = list(item_ids)
         for item_id in missing:
             known[item_id] = self._items.index(item_id)
-        indices = np.fromiter((known[item_id] for item_id in wanted), np.int64, len(wanted))
+        indices = np.fromiter((known[item_id] for item_id in item_ids), np.int64, len(item_ids))
         return indices[indices >= 0]
 
 

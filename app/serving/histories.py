@@ -55,6 +55,10 @@ class ItemNumbers:
                 self._numbers[item_id] = len(self.item_ids) - 1
             return self._numbers[item_id]
 
+    def find(self, item_id: str) -> int:
+        """The item's number; -1 where no history has named it."""
+        return self._numbers.get(item_id, -1)
+
     def numbers(self, item_ids: Iterable[str]) -> Numbers:
         return np.fromiter(map(self.number, item_ids), np.int32)
 

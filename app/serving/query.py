@@ -34,7 +34,8 @@ class Query:
     def is_simple(self) -> bool:
         """Whether it asks for nothing that takes time of its own."""
         few = self.k <= FEW and len(self.exclude) <= FEW
-        return few and self.cursor is None and not self.is_diverse and not self.categories
+        by_category = bool(self.categories.any or self.categories.none)
+        return few and self.cursor is None and not self.is_diverse and not by_category
 
     def filters_digest(self) -> bytes:
         """Eight bytes that two queries share if and only if their pages may follow one another."""

@@ -13,6 +13,7 @@ import numpy.typing as npt
 from torch import Tensor
 
 from app.serving.active_models import Active, ActiveModels
+from app.serving.candidates import Mask
 from app.serving.catalog import Catalog
 from app.serving.cursors import NOTHING, Numbers, Position, nothing, number_of
 from app.serving.diversity import LARGEST_POOL, CategoryCap, category_vectors, chosen_together, pool_size
@@ -77,23 +78,21 @@ class RankedLists:
         seen = indices_of(history.items, history.interactions) if page is None else page.history
         if user_index < 0 and not (recommender.folds_in and len(seen)):
             return None
-        excluded = active.item_indices(query.exclude)
+        mask, count = self._candidates(active, query, page)
+        left_out, returning = NOTHING, NOTHING
         if not query.include_seen:
             left_out = indices_of(history.items, history.left_out)
-            excluded = np.union1d(excluded, left_out) if len(excluded) else left_out
-        if page is not None:
-            excluded = np.union1d(excluded, page.shown)
-        allowed = active.candidates.allowed(query.categories)
-        count = allowed.count - int(np.count_nonzero(allowed.mask[excluded]))
-        returning = NOTHING if query.include_seen else self._returning(active, allowed.mask, history, query, page)
-        if count + len(returning) <= 0 and page is None:
+            count -= int(np.count_nonzero(mask[left_out]))
+            returning = indices_of(history.items, self._resurfacing.numbers(history))
+            returning = returning[mask[returning]]
+        if count + len(returning) == 0 and page is None:
             return None
         encoded = recommender.encode([user_index], [seen])
         if query.is_diverse or len(returning):
-            indices, scores = self._chosen(active, encoded, excluded, returning, query, count, allowed.mask)
+            indices, scores = self._chosen(active, encoded, left_out, returning, query, count, mask)
             count += len(returning)
         elif count:
-            found, found_scores = recommender.top(encoded, [excluded], min(query.k, count), allowed.mask)
+            found, found_scores = recommender.top(encoded, [left_out], min(query.k, count), mask)
             indices, scores = found[0][found[0] >= 0], found_scores[0][found[0] >= 0]
         else:
             indices, scores = np.zeros(0, np.int64), np.zeros(0, np.float32)
@@ -113,14 +112,22 @@ class RankedLists:
             indices=indices,
         )
 
+    def _candidates(self, active: Active, query: Query, page: Position | None) -> tuple[Mask, int]:
+        """The version's items within the filters and not on an earlier page: a mask, and how many it lets through."""
+        allowed = active.candidates.allowed(query.categories)
+        if not query.exclude and page is None:
+            return allowed.mask, allowed.count
+        mask = allowed.mask.copy()
+        mask[active.item_indices(query.exclude)] = False
+        if page is not None:
+            mask[page.shown] = False
+        return mask, int(np.count_nonzero(mask))
+
     def by_popularity(self, state: State, query: Query, page: Position | None = None) -> Ranked:
         """The items most people chose, without those that the user has seen."""
-        left_out = _left_out(state.history, query)
-        shown = frozenset[int]() if page is None else page.shown_elsewhere
+        may_come = self._not_left_out(state, query, page)
         eligible = (
-            (item_id, float(count))
-            for item_id, count in self._popularity.ranked(query.categories)
-            if item_id not in left_out and number_of(item_id) not in shown
+            (item_id, float(count)) for item_id, count in self._popularity.ranked(query.categories) if may_come(item_id)
         )
         # One more than asked for tells whether there is more.
         pool = list(islice(eligible, pool_size(query.k) + 1 if query.is_diverse else query.k + 1))
@@ -148,11 +155,11 @@ class RankedLists:
         self,
         active: Active,
         encoded: Tensor,
-        excluded: Numbers,
+        left_out: Numbers,
         returning: Numbers,
         query: Query,
         count: int,
-        mask: npt.NDArray[np.bool_],
+        mask: Mask,
     ) -> tuple[Numbers, Floats]:
         """The best items with those that return, diversified and capped as the query says; (n,) items and scores."""
         recommender = active.recommender
@@ -160,7 +167,7 @@ class RankedLists:
         while True:
             indices, scores = NOTHING, np.zeros(0, np.float32)
             if count:
-                found, found_scores = recommender.top(encoded, [excluded], min(size, count), mask)
+                found, found_scores = recommender.top(encoded, [left_out], min(size, count), mask)
                 indices, scores = found[0][found[0] >= 0], found_scores[0][found[0] >= 0]
             if len(returning):
                 again = self._resurfacing.scores(recommender, encoded, returning)
@@ -192,15 +199,6 @@ class RankedLists:
             max_per_category=query.max_per_category,
         )
 
-    def _returning(
-        self, active: Active, mask: npt.NDArray[np.bool_], history: History, query: Query, page: Position | None
-    ) -> Numbers:
-        returning = active.item_indices.of_numbers(history.items, self._resurfacing.numbers(history))
-        returning = returning[mask[returning]]
-        if len(returning) and query.exclude:
-            returning = np.setdiff1d(returning, active.item_indices(query.exclude))
-        return returning if page is None else np.setdiff1d(returning, page.shown)
-
     def _fill(self, item_ids: list[str], active: Active, state: State, query: Query, page: Position | None) -> int:
         """Add items that the version was not trained on, those of the user's categories first; how many may come."""
         unseen = active.candidates.unseen()[-MOST_UNSEEN:]
@@ -221,29 +219,37 @@ class RankedLists:
 
     def may_come(self, state: State, query: Query, page: Position | None) -> Callable[[str], bool]:
         """A test for single items: visible, within the filters, not seen, not on an earlier page."""
-        left_out = _left_out(state.history, query)
         catalog, categories = self._catalog, query.categories
-        shown, elsewhere = frozenset[str](), frozenset[int]()
-        if page is not None:
-            elsewhere = page.shown_elsewhere
-            if state.active is not None and len(page.shown):
-                shown = frozenset(state.active.recommender.items.ids(page.shown))
+        not_left_out = self._not_left_out(state, query, page)
+        shown = frozenset[str]()
+        if page is not None and state.active is not None and len(page.shown):
+            shown = frozenset(state.active.recommender.items.ids(page.shown))
 
         def test(item_id: str) -> bool:
-            if item_id in left_out or item_id in shown or not catalog.visible(item_id):
-                return False
-            if categories and not categories.admits(catalog.categories(item_id)):
-                return False
-            return not elsewhere or number_of(item_id) not in elsewhere
+            return (
+                not_left_out(item_id)
+                and item_id not in shown
+                and catalog.visible(item_id)
+                and (not categories or categories.admits(catalog.categories(item_id)))
+            )
 
         return test
 
+    def _not_left_out(self, state: State, query: Query, page: Position | None) -> Callable[[str], bool]:
+        """A test of what the user did, what the request excludes, and what pages showed that no version numbers."""
+        number_in_histories = state.history.items.find
+        left_out = frozenset[int]() if query.include_seen else frozenset(state.history.left_out.tolist())
+        exclude = query.exclude
+        elsewhere = frozenset[int]() if page is None else page.shown_elsewhere
 
-def _left_out(history: History, query: Query) -> frozenset[str]:
-    if query.include_seen:
-        return query.exclude
-    # Without a copy where there is nothing to add: a history may be long.
-    return history.excluded | query.exclude if query.exclude else history.excluded
+        def test(item_id: str) -> bool:
+            return (
+                item_id not in exclude
+                and number_in_histories(item_id) not in left_out
+                and (not elsewhere or number_of(item_id) not in elsewhere)
+            )
+
+        return test
 
 
 def _pinned(seen: Numbers, window_length: int, user_index: int) -> Numbers:

@@ -199,7 +199,8 @@ class Ranker:
                 others = others[len(known) :]
         history, shown, elsewhere = ranked.history, np.sort(known), frozenset(map(number_of, others))
         if page is not None:
-            history, shown, elsewhere = page.history, np.union1d(page.shown, known), page.shown_elsewhere | elsewhere
+            history, shown = page.history, np.sort(np.concatenate([page.shown, known]))
+            elsewhere |= page.shown_elsewhere
         through = state.history.feedback_through if page is None else page.feedback_through
         position = Position(list_id, version, through, history, shown, elsewhere)
         return self._cursors.write(position, state.user_id, query.filters_digest())
@@ -227,7 +228,7 @@ class Ranker:
                 recommendation_id=ranking.recommendation_id,
                 user_id=ranking.user_id,
                 surface="recommendations",
-                policy="model" if by_model else "popular",
+                policy=("model" if by_model else "popular") + ("+exploration" if self._explorer.explores else ""),
                 model_version=ranking.model_version,
                 source=ranking.source,
                 feedback_through=ranking.feedback_through,

@@ -79,6 +79,7 @@ def test_new_items_come_with_their_probability(exploring: Exploring, publish: An
         explored = [item for item in answer["items"] if item["exploration"]]
         assert row.explorations == [item["exploration"] for item in answer["items"]]
         assert row.scores == [item["score"] for item in answer["items"]]
+        assert row.policy == "model+exploration"
         plain = [item["item_id"] for item in answer["items"] if not item["exploration"]]
         assert plain == best[: len(plain)]
         assert len(answer["items"]) == 10

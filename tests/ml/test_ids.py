@@ -51,6 +51,8 @@ def test_many_ids_and_few_ids_find_the_same(tmp_path) -> None:
     assert few.dtype == many.dtype == np.int64
     assert np.array_equal(np.tile(few, 1000), many)
     assert mapped.id(int(few[0])) == "item-17"
+    assert mapped.members(wanted).tolist() == sorted(few[few >= 0].tolist())
+    assert mapped.members([]).tolist() == []
 
 
 def test_chunks_and_slices_are_read_from_where_they_start() -> None:
