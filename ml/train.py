@@ -248,8 +248,11 @@ class _Loop:
 
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
             encoded = self.model.encode(users, windows)
-            positive = self.model.score(encoded, targets)
-            negative = self.model.score(encoded, negatives.items)
+            if recipe.shared_negatives:
+                positive, negative = self.model.score(encoded, targets), self.model.score(encoded, negatives.items)
+            else:  # each user has items of their own, and one pass costs less than two
+                scores = self.model.score(encoded, torch.cat((targets, negatives.items), 1))
+                positive, negative = scores[:, : targets.shape[1]], scores[:, targets.shape[1] :]
         positive, negative, valid = positive.float(), negative.float(), negatives.valid
         if self.is_hard:
             negative, valid = self._hardest(positive, negative, negatives)
