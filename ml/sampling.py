@@ -7,32 +7,38 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
+from ml import memory
 from ml.distributed import ALONE, Processes
 
 # Times a draw is repeated for the samples that hit a seen item; what still collides is marked invalid.
 ROUNDS = 4
-# Up to this many bytes, who has seen what is one bit a pair; past it, a binary search over the pairs.
+# Up to this many bytes, who has seen what is one bit a pair; past it, a binary search in each user's items.
 BITMAP_BYTES = 1 << 29
+# Rows of bits are read whole, so longer ones would make a step's cost grow with the catalogue.
+BITMAP_ROW_BYTES = 1 << 13
 
 
 class SeenItems:
     """Tells which items a user has interacted with, for many pairs at once."""
 
     def __init__(self, users: Tensor, items: Tensor, num_users: int, num_items: int) -> None:
-        self.num_items = num_items
         self._bits: Tensor | None = None
-        self._pairs = torch.empty(0, dtype=torch.int64)
         width = (num_items + 7) // 8
         pairs = torch.unique(users.long() * num_items + items)
-        if num_users * width <= BITMAP_BYTES:
-            rows, columns = pairs // num_items, pairs % num_items
+        rows, columns = pairs // num_items, pairs % num_items
+        if num_users * width <= BITMAP_BYTES and width <= BITMAP_ROW_BYTES:
             # Distinct pairs add distinct bits, so a sum within a byte is their union.
             bits = torch.zeros(num_users * width, dtype=torch.uint8, device=users.device)
             values = torch.ones_like(rows, dtype=torch.uint8) << (columns % 8).to(torch.uint8)
             self._bits = bits.index_add_(0, rows * width + columns // 8, values).view(num_users, width)
         else:
-            self._pairs = pairs
+            counts = torch.bincount(rows, minlength=num_users)
+            self._offsets = memory.spread(functional.pad(counts.cumsum(0), (1, 0)))
+            self._items = memory.spread(columns.int())
+            # The steps of the binary search: every power of two that the longest history holds.
+            self._steps = [1 << bit for bit in reversed(range(int(counts.max()).bit_length()))]
 
     def contains(self, users: Tensor, items: Tensor) -> Tensor:
         """Whether each of `users` (batch,) has seen each of `items` (batch, n), or (n,) for all: (batch, n)."""
@@ -41,9 +47,31 @@ class SeenItems:
             if items.dim() == 1:
                 return (self._bits.index_select(0, users).index_select(1, column) >> bit) & 1 != 0
             return (self._bits[users.unsqueeze(1), column] >> bit) & 1 != 0
-        wanted = users.unsqueeze(1) * self.num_items + items
-        found = torch.searchsorted(self._pairs, wanted).clamp_(max=len(self._pairs) - 1)
-        return self._pairs[found] == wanted
+        if items.dim() == 1 and users.device.type == "cpu":
+            return self._among(users, items)
+        start, end = self._offsets[users].unsqueeze(1), self._offsets[users + 1].unsqueeze(1)
+        last = len(self._items) - 1
+        # How many of the user's items are lower, found from the highest bit down.
+        place = start.expand(len(users), items.shape[-1])
+        for step in self._steps:
+            further = place + step
+            is_lower = (further <= end) & (self._items[(further - 1).clamp_(max=last)] < items)
+            place = torch.where(is_lower, further, place)
+        return (place < end) & (self._items[place.clamp(max=last)] == items)
+
+    def _among(self, users: Tensor, items: Tensor) -> Tensor:
+        """The same for items that all share, from the users' histories: far fewer than there are pairs."""
+        start = self._offsets[users]
+        lengths = self._offsets[users + 1] - start
+        rows = torch.repeat_interleave(lengths)
+        seen = self._items[torch.arange(len(rows)) + (start - lengths.cumsum(0) + lengths)[rows]].long()
+        ordered = items.sort()[0]
+        places = torch.searchsorted(ordered, seen).clamp_(max=len(items) - 1)
+        hits = torch.nonzero(ordered[places] == seen).flatten()
+        found = torch.zeros(len(users), len(items), dtype=torch.bool)
+        found[rows[hits], places[hits]] = True
+        # An item that was drawn twice has its mark where it comes first.
+        return found.index_select(1, torch.searchsorted(ordered, items))
 
 
 @dataclass(frozen=True)

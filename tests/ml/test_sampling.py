@@ -25,6 +25,8 @@ def test_seen_items_are_known_for_every_pair(seen: SeenItems) -> None:
     pairs = set(zip(USERS.tolist(), ITEMS.tolist(), strict=True))
     expected = tensor([[(user, item) in pairs for item in range(NUM_ITEMS)] for user in range(NUM_USERS)])
     every_item = torch.arange(NUM_ITEMS)
+    drawn = tensor([8, 0, 0, 5])
+    assert torch.equal(seen.contains(tensor([3, 0, 0]), drawn), expected[tensor([3, 0, 0])][:, drawn])
     assert torch.equal(seen.contains(torch.arange(NUM_USERS), every_item), expected)
     assert torch.equal(seen.contains(torch.arange(NUM_USERS), every_item.expand(NUM_USERS, -1)), expected)
 
