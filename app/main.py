@@ -12,6 +12,7 @@ from app.body_limit import BodyLimit
 from app.routes import admin, catalog, feedback, health, popular, recommendations
 from app.serving.service import build_service
 from app.settings import Settings
+from app.shortcut import Shortcut
 from app.telemetry import RequestTelemetry
 
 DESCRIPTION = """Post what people do, ask for what to show them, retrain when you like.
@@ -49,6 +50,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         limit=settings.max_body_bytes,
         larger=dict.fromkeys(catalog.IMPORT_PATHS, settings.max_import_bytes),
     )
+    app.add_middleware(Shortcut, service=service)
     app.add_middleware(RequestTelemetry, metrics=service.metrics, access_log=settings.access_log)
     for routes in (recommendations, feedback, popular, catalog, admin, health):
         app.include_router(routes.router)

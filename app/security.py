@@ -9,6 +9,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from functools import cached_property
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
@@ -47,6 +48,17 @@ class NewKey:
 
 
 @dataclass(frozen=True)
+class Caller:
+    """Who sent a request: `key_id` goes into the audit trail."""
+
+    key_id: str
+    scopes: frozenset[str]
+
+    def may(self, scope: str) -> bool:
+        return scope in self.scopes or "admin" in self.scopes
+
+
+@dataclass(frozen=True)
 class KeyRow:
     """What is kept of a key."""
 
@@ -56,6 +68,10 @@ class KeyRow:
     created_at: datetime
     expires_at: datetime | None
     revoked_at: datetime | None
+
+    @cached_property
+    def caller(self) -> Caller:
+        return Caller(self.key_id, frozenset(self.scopes))
 
     def usable(self, now: datetime) -> bool:
         return self.revoked_at is None and (self.expires_at is None or now < self.expires_at)
@@ -181,17 +197,6 @@ def is_loopback(host: str | None) -> bool:
 # --- keys in requests ----------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Caller:
-    """Who sent a request: `key_id` goes into the audit trail."""
-
-    key_id: str
-    scopes: frozenset[str]
-
-    def may(self, scope: str) -> bool:
-        return scope in self.scopes or "admin" in self.scopes
-
-
 LOOPBACK = Caller("loopback", frozenset(SCOPES))
 
 
@@ -213,6 +218,13 @@ class KeyRing:
         """A key that was looked up recently enough; touches memory alone."""
         entry = self._keys.get(sha256)
         return entry[1] if entry is not None and time.monotonic() - entry[0] < self._cache_seconds else None
+
+    def known(self, key: str) -> Caller | None:
+        """Who holds a key that can be used and was looked up recently enough; touches memory alone."""
+        if not KEY_PATTERN.fullmatch(key):
+            return None
+        row = self.cached(_sha256(key))
+        return row.caller if row is not None and row.usable(datetime.now(UTC)) else None
 
     def look_up(self, sha256: str) -> KeyRow | None:
         """A key from SQL, whatever its state."""
@@ -300,7 +312,7 @@ async def _holder(keys: KeyRing, key: str, scope: Scope | None) -> Caller:
                     raise
     if row is None or not row.usable(datetime.now(UTC)):
         raise Problem(401, detail="The API key is unknown, expired or revoked.", headers=_CHALLENGE)
-    return Caller(row.key_id, frozenset(row.scopes))
+    return row.caller
 
 
 async def _keyless(request: Request, keys: KeyRing, scope: Scope | None) -> Caller:

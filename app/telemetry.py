@@ -5,14 +5,13 @@ import os
 import re
 import sys
 import time
-import uuid
 from collections.abc import Iterable, MutableMapping
+from random import getrandbits
 from typing import Any, TextIO
 
 import structlog
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector
-from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.errors import unexpected
@@ -199,6 +198,15 @@ _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 
 
+def _given_request_id(scope: Scope) -> str | None:
+    """The caller's own id of the request, if it can be taken over."""
+    for name, value in scope["headers"]:
+        if name == b"x-request-id":
+            given: str = value.decode("latin-1")
+            return given if _REQUEST_ID.fullmatch(given) and redact(given) == given else None
+    return None
+
+
 class RequestTelemetry:
     """Outermost around the application: request ids, counts and times by route, and the answer to the unexpected."""
 
@@ -206,22 +214,23 @@ class RequestTelemetry:
         self.app = app
         self.metrics = metrics
         self.access_log = access_log
+        self._series: dict[tuple[str, str, int], tuple[Counter, Histogram]] = {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
         started = time.perf_counter()
-        given = Headers(scope=scope).get("x-request-id", "")
-        request_id = given if _REQUEST_ID.fullmatch(given) and redact(given) == given else uuid.uuid4().hex
-        structlog.contextvars.bind_contextvars(request_id=request_id)
+        request_id = _given_request_id(scope) or f"{getrandbits(128):032x}"
+        token = structlog.contextvars.bind_contextvars(request_id=request_id)
         status = 0
+        encoded_id = request_id.encode()
 
         async def with_request_id(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                MutableHeaders(scope=message)["X-Request-ID"] = request_id
+                message["headers"] = [*message.get("headers", ()), (b"x-request-id", encoded_id)]
             await send(message)
 
         try:
@@ -234,13 +243,18 @@ class RequestTelemetry:
             await unexpected()(scope, receive, with_request_id)
         finally:
             self._count(scope, status, time.perf_counter() - started)
-            structlog.contextvars.unbind_contextvars("request_id")
+            structlog.contextvars.reset_contextvars(**token)
 
     def _count(self, scope: Scope, status: int, seconds: float) -> None:
         # Templates, never paths: the number of series must not grow with the number of users.
         method = scope["method"] if scope["method"] in _METHODS else "other"
         route = getattr(scope.get("route"), "path", None) or "unmatched"
-        self.metrics.requests.labels(method, route, str(status)).inc()
-        self.metrics.request_seconds.labels(method, route).observe(seconds)
+        series = self._series.get((method, route, status))
+        if series is None:
+            metrics = self.metrics
+            series = metrics.requests.labels(method, route, str(status)), metrics.request_seconds.labels(method, route)
+            self._series[method, route, status] = series
+        series[0].inc()
+        series[1].observe(seconds)
         if self.access_log:
             log.info("request", method=method, path=scope["path"], status=status, seconds=round(seconds, 6))

@@ -4,8 +4,8 @@ from typing import Annotated, Any, Literal
 
 import fastapi
 from fastapi import APIRouter, Path, Response
-from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
+from pydantic_core import to_json
 from starlette.concurrency import run_in_threadpool
 
 from app.errors import Problem, responses
@@ -23,6 +23,9 @@ MAX_K = 1_000
 MAX_EXCLUDE_IN_URL = 500
 MAX_EXCLUDE = 10_000
 MAX_CATEGORIES = 50
+# Query strings that need not be validated again.
+MAX_KNOWN_QUERIES = 1_000
+MAX_KNOWN_QUERY_BYTES = 200
 
 K = Annotated[int, Field(ge=1, le=MAX_K, description="How many items at most.")]
 InCategory = Annotated[Category | None, Field(description="Only items of this category.")]
@@ -65,6 +68,17 @@ class _Asked(CategoryParameters):
     cursor: str | None = Field(
         None, max_length=MAX_CURSOR_LENGTH, description="`next_cursor` of the answer before, with the same filters."
     )
+
+    def query(self) -> Query:
+        return Query(
+            k=self.k,
+            categories=self.filter,
+            exclude=frozenset(self.exclude),
+            include_seen=self.include_seen,
+            diversity=self.diversity,
+            max_per_category=self.max_per_category,
+            cursor=self.cursor,
+        )
 
 
 class RecommendationParameters(_Asked):
@@ -128,10 +142,20 @@ async def get_recommendations(
     parameters: Annotated[RecommendationParameters, fastapi.Query()],
     service: ServiceDep,
     _: Recommend,
+    request: fastapi.Request,
 ) -> Response:
     """Rank with the active version and what the user did up to this moment. What was answered to `POST /feedback`
     before counts already."""
-    return await _rank(service, user_id, parameters, "query")
+    query = parameters.query()
+    query_string: bytes = request.scope["query_string"]
+    if query.cursor is None and len(query_string) <= MAX_KNOWN_QUERY_BYTES:
+        if len(service.known_queries) >= MAX_KNOWN_QUERIES:
+            service.known_queries.clear()
+        service.known_queries[query_string] = query
+    return await _respond(service, user_id, query, "query")
+
+
+GET = router.routes[-1]
 
 
 @router.post(
@@ -144,33 +168,29 @@ async def post_recommendations(
     user_id: UserPath, body: RecommendationRequest, service: ServiceDep, _: Recommend
 ) -> Response:
     """The same as the GET; nothing is stored but the log of what was shown."""
-    return await _rank(service, user_id, body, "body")
+    return await _respond(service, user_id, body.query(), "body")
 
 
-async def _rank(service: Service, user_id: str, asked: _Asked, place: str) -> Response:
-    query = Query(
-        k=asked.k,
-        categories=asked.filter,
-        exclude=frozenset(asked.exclude),
-        include_seen=asked.include_seen,
-        diversity=asked.diversity,
-        max_per_category=asked.max_per_category,
-        cursor=asked.cursor,
-    )
-    history = await service.histories.read(user_id)
-    rank = service.ranker.rank
+async def _respond(service: Service, user_id: str, query: Query, place: str) -> Response:
     try:
-        if service.ranker.is_quick(query):
-            found = rank(user_id, query, history)
-        else:
-            found = await run_in_threadpool(rank, user_id, query, history)
+        return Response(await answer(service, user_id, query), media_type="application/json")
     except CursorRefused as error:
         raise Problem(422, "The request is not valid", str(error), field=f"{place}.cursor") from None
     except CursorGone as error:
         raise Problem(410, detail=str(error), field=f"{place}.cursor") from None
+
+
+async def answer(service: Service, user_id: str, query: Query) -> bytes:
+    """The body of an answer, as JSON. Raises CursorRefused and CursorGone."""
+    history = await service.histories.read(user_id)
+    rank = service.ranker.rank
+    if service.ranker.is_quick(query):
+        found = rank(user_id, query, history)
+    else:
+        found = await run_in_threadpool(rank, user_id, query, history)
     drawn = {draw.place + 1 for draw in found.draws}
     # Plain values past the model: it describes the answer, and the types above are held to it by a test.
-    answer: dict[str, Any] = {
+    values: dict[str, Any] = {
         "user_id": found.user_id,
         "recommendation_id": found.recommendation_id,
         "items": [
@@ -184,5 +204,5 @@ async def _rank(service: Service, user_id: str, asked: _Asked, place: str) -> Re
         "next_cursor": found.next_cursor,
     }
     if found.reason is not None:
-        answer["reason"] = found.reason
-    return JSONResponse(answer)
+        values["reason"] = found.reason
+    return to_json(values)

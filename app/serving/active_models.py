@@ -3,7 +3,7 @@
 import json
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import sqlalchemy as sa
@@ -24,6 +24,7 @@ log = structlog.get_logger(__name__)
 RETRY_SECONDS = 30.0
 FIRST_RANKINGS = 4
 FIRST_K = 100
+REMEMBERED_USERS = 20_000
 
 _POINTER = sa.select(model_versions.c.version).where(model_versions.c.state == "active")
 
@@ -39,6 +40,7 @@ class Active:
     item_indices: ItemIndices
     erasures_through: int  # what was erased up to here was not in the training data
     seconds: float  # that one ranking takes
+    known_users: dict[str, int] = field(default_factory=dict)  # indices of those asked for lately
 
     @property
     def data_through(self) -> str | None:
@@ -118,7 +120,13 @@ class ActiveModels:
             erased = self._catalog.erased_users.get(subject_sha256(user_id))
             if erased is not None and erased > active.erasures_through:
                 return -1
-        return active.recommender.users.index(user_id)
+        known = active.known_users
+        index = known.get(user_id)
+        if index is None:
+            if len(known) >= REMEMBERED_USERS:
+                known.clear()
+            index = known[user_id] = active.recommender.users.index(user_id)
+        return index
 
 
 def _ranking_seconds(recommender: Recommender) -> float:

@@ -31,9 +31,22 @@ class ItemIndices:
     def __init__(self, items: IdMap) -> None:
         self._items = items
         self._known: dict[str, int] = {}
+        self._named: dict[int, str] = {}
         self._of_number: npt.NDArray[np.int64] = np.zeros(0, np.int64)
         self._numbered = 0
         self._lock = threading.Lock()
+
+    def names(self, indices: npt.NDArray[np.int64]) -> list[str]:
+        """The ids of items."""
+        known, found = self._named, []
+        for index in indices.tolist():
+            name = known.get(index)
+            if name is None:
+                if len(known) >= REMEMBERED_ITEMS:
+                    known.clear()
+                name = known[index] = self._items.id(index)
+            found.append(name)
+        return found
 
     def of_numbers(self, items: ItemNumbers, numbers: Numbers) -> npt.NDArray[np.int64]:
         """The same for items by the numbers that histories give them; of one ItemNumbers always."""

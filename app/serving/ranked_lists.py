@@ -4,9 +4,9 @@ The same state, filters and catalogue give the same list, in every process.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +15,7 @@ from torch import Tensor
 from app.serving.active_models import Active, ActiveModels
 from app.serving.candidates import Mask
 from app.serving.catalog import Catalog
-from app.serving.cursors import NOTHING, Numbers, Position, nothing, number_of
+from app.serving.cursors import NOTHING, Numbers, Position, number_of
 from app.serving.diversity import LARGEST_POOL, CategoryCap, category_vectors, chosen_together, pool_size
 from app.serving.exploration import Affinity
 from app.serving.histories import History
@@ -31,6 +31,8 @@ Floats = npt.NDArray[np.float32]
 MOST_UNSEEN = 10_000
 # What a cursor keeps of a history where a model that looks at no window folds it in.
 PINNED_HISTORY = 100
+# So many lists are kept with a history.
+KEPT_LISTS = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +45,7 @@ class State:
     degraded: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Ranked:
+class Ranked(NamedTuple):
     """Items in order. Scores are None where nothing could score an item."""
 
     item_ids: list[str]
@@ -53,10 +54,8 @@ class Ranked:
     candidate_count: int  # of which these are the first; of popular items, one more than these if there are more
     active: Active | None = None  # what ranked
     encoded: Tensor | None = None  # the user, for what ranked
-    history: Numbers = field(default_factory=nothing)  # what it was ranked by, as far as a further page needs it
-    indices: Numbers = field(
-        default_factory=nothing
-    )  # of the first items: those that come after them are unknown to what ranked
+    history: Numbers = NOTHING  # what it was ranked by, as far as a further page needs it
+    indices: Numbers = NOTHING  # of the first items: those that come after them are unknown to what ranked
 
 
 class RankedLists:
@@ -71,7 +70,26 @@ class RankedLists:
         self._resurfacing = resurfacing
 
     def by_model(self, active: Active, state: State, query: Query, page: Position | None = None) -> Ranked | None:
-        """Rank by a version; None where it knows nothing of the user, or may show nothing."""
+        """Rank by a version; None where it knows nothing of the user, or may show nothing.
+
+        Nothing else enters a simple list than version, history, query and catalogue: what they gave is kept with the
+        history, for as long as all four are the same.
+        """
+        if page is not None or not query.is_simple or self._resurfacing.is_on:
+            return self._by_model(active, state, query, page)
+        kept, key, revision = state.history.kept, (active.version, query), self._catalog.revision
+        found: tuple[int, Ranked] | None = kept.get(key)
+        if found is not None and found[0] == revision:
+            return found[1]._replace(active=active)
+        ranked = self._by_model(active, state, query)
+        if ranked is not None:
+            if len(kept) >= KEPT_LISTS:
+                kept.clear()
+            # Without the version: one that was replaced must not stay in memory.
+            kept[key] = (revision, ranked._replace(active=None))
+        return ranked
+
+    def _by_model(self, active: Active, state: State, query: Query, page: Position | None = None) -> Ranked | None:
         recommender, history = active.recommender, state.history
         user_index = self._active_models.user_index(active, state.user_id)
         indices_of = active.item_indices.of_numbers
@@ -96,7 +114,7 @@ class RankedLists:
             indices, scores = found[0][found[0] >= 0], found_scores[0][found[0] >= 0]
         else:
             indices, scores = np.zeros(0, np.int64), np.zeros(0, np.float32)
-        item_ids: list[str] = recommender.items.ids(indices)
+        item_ids = active.item_indices.names(indices)
         all_scores: list[float | None] = scores.tolist()
         if count <= query.k:
             count += self._fill(item_ids, active, state, query, page)

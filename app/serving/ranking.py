@@ -1,6 +1,5 @@
 """One user's answer: read what is known, rank, explore, say where the list goes on, and log what was shown."""
 
-import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -16,7 +15,7 @@ from app.serving.histories import Histories, History
 from app.serving.popularity import Popularity
 from app.serving.query import Query
 from app.serving.ranked_lists import Ranked, RankedLists, Source, State
-from app.serving.recommendation_log import RecommendationLog, Shown
+from app.serving.recommendation_log import RecommendationLog, Shown, new_id
 
 # A ranking within both bounds stays on the event loop.
 QUICK_SECONDS = 0.002
@@ -83,7 +82,7 @@ class Ranker:
         state = self._state(user_id, query, history)
         page = None if query.cursor is None else self._page(state, query)
         ranked = self._ranked(state, query, page)
-        list_id = uuid.uuid4().bytes if page is None else page.list_id
+        list_id = new_id() if page is None else page.list_id
         draws: Sequence[Draw] = ()
         if self._explorer.explores and ranked.item_ids:
             draws = self._explored(state, query, page, ranked, list_id)
@@ -152,7 +151,7 @@ class Ranker:
         by_model = active is not None and bool(items)
         return Ranking(
             user_id=state.user_id,
-            recommendation_id=str(uuid.UUID(bytes=list_id) if page is None else uuid.uuid4()),
+            recommendation_id=_written(list_id if page is None else new_id()),
             items=items,
             draws=draws,
             source=source,
@@ -218,7 +217,7 @@ class Ranker:
         by_model = ranking.model_version is not None
         filters = query.as_logged()
         if page is not None:
-            filters |= {"list": str(uuid.UUID(bytes=page.list_id)), "offset": page.offset}
+            filters |= {"list": _written(page.list_id), "offset": page.offset}
         # What chance did not touch was certain to be shown where it stands.
         propensities, explorations = [1.0] * len(ranking.items), [False] * len(ranking.items)
         for draw in ranking.draws:
@@ -241,3 +240,9 @@ class Ranker:
                 created_at=datetime.now(UTC),
             )
         )
+
+
+def _written(id_: bytes) -> str:
+    """16 bytes as UUIDs are written."""
+    digits = id_.hex()
+    return f"{digits[:8]}-{digits[8:12]}-{digits[12:16]}-{digits[16:20]}-{digits[20:]}"

@@ -1,16 +1,21 @@
 """What was shown, written behind the request: a bounded queue, a thread, batches; what is lost is counted."""
 
+import os
+import sqlite3
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
+import psycopg
 import sqlalchemy as sa
 import structlog
-from sqlalchemy.engine import Engine
-from sqlalchemy.exc import SQLAlchemyError
+from pydantic_core import to_json
+from sqlalchemy.engine import Connection, Engine
+from sqlalchemy.exc import DatabaseError, OperationalError, SQLAlchemyError
 
 from app.database import is_outage, writing
 from app.erasure import subject_sha256
@@ -25,6 +30,8 @@ BATCH_LENGTH = 500
 # Rows wait at most this long, so that many share one transaction and feedback finds the database free.
 GATHER_SECONDS = 0.2
 RETRY_SECONDS = 1.0
+# An answer that waits longer than this, through an outage of the database, is dropped rather than kept past an erasure.
+ERASURES_REMEMBERED = timedelta(hours=1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +55,29 @@ class Shown:
     experiment: str | None = None
     variant: str | None = None
 
-    def row(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in self.__slots__}
+    def row(self) -> tuple[Any, ...]:
+        """The values of `COLUMNS`."""
+        return tuple([_json(getattr(self, name)) if name in JSON_COLUMNS else getattr(self, name) for name in COLUMNS])
+
+
+def _json(value: Any) -> str:
+    return to_json(value).decode()
+
+
+COLUMNS = tuple(column.name for column in recommendation_log.columns)
+JSON_COLUMNS = frozenset(column.name for column in recommendation_log.columns if isinstance(column.type, sa.JSON))
+_INSERT = f"INSERT INTO recommendation_log ({', '.join(COLUMNS)}) VALUES ({', '.join('?' * len(COLUMNS))})"  # noqa: S608
+_COPY = f"COPY recommendation_log ({', '.join(COLUMNS)}) FROM STDIN"
+_CREATED_AT = COLUMNS.index("created_at")
+
+
+def new_id() -> bytes:
+    """The bytes of a UUID of version 7 (RFC 9562): in order of time, so that the log's index grows at its end alone."""
+    milliseconds = time.time_ns() // 1_000_000
+    chance = int.from_bytes(os.urandom(10))
+    high = 0x7000 | chance >> 68
+    low = 0x8000_0000_0000_0000 | chance & 0x3FFF_FFFF_FFFF_FFFF
+    return (milliseconds << 80 | high << 64 | low).to_bytes(16)
 
 
 class RecommendationLog:
@@ -60,6 +88,7 @@ class RecommendationLog:
         self._on_lost = on_lost
         self._length = length
         self._waiting: deque[Shown] = deque()
+        self._erasures_settled = 0  # sequence of an erasure that no waiting answer is older than
         self._wake = threading.Event()
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="recommendation-log", daemon=True)
@@ -117,17 +146,47 @@ class RecommendationLog:
             if connection.dialect.name == "postgresql":
                 # Now rather than at the insert: what is erased from here on waits for these rows, and takes them too.
                 connection.execute(sa.text("LOCK TABLE recommendation_log IN ROW EXCLUSIVE MODE"))
-            hashes = {shown.user_id: subject_sha256(shown.user_id) for shown in batch}
-            erased = connection.execute(
-                sa.select(erasures.c.subject_sha256, sa.func.max(erasures.c.erased_at).label("erased_at"))
-                .where(erasures.c.kind == "user", erasures.c.subject_sha256.in_(set(hashes.values())))
-                .group_by(erasures.c.subject_sha256)
-            ).all()
-            erased_at = {row.subject_sha256: row.erased_at for row in erased}
-            rows = [
-                shown.row()
-                for shown in batch
-                if (at := erased_at.get(hashes[shown.user_id])) is None or at < shown.created_at
-            ]
+            rows = [shown.row() for shown in self._without_erased(connection, batch)]
             if rows:
-                connection.execute(sa.insert(recommendation_log), rows)
+                _insert(connection, rows)
+
+    def _without_erased(self, connection: Connection, batch: list[Shown]) -> list[Shown]:
+        kinds = erasures.c.kind, erasures.c.subject_sha256, erasures.c.erased_at, erasures.c.sequence
+        later = sa.select(*kinds).where(erasures.c.sequence > self._erasures_settled).order_by(erasures.c.sequence)
+        erased_at = {}
+        settled = datetime.now(UTC) - ERASURES_REMEMBERED
+        for kind, subject, erased, sequence in connection.execute(later):
+            if erased < settled:  # before any answer that can still be waiting
+                self._erasures_settled = sequence
+            elif kind == "user":
+                erased_at[subject] = erased
+        if batch[0].created_at < settled:
+            kept = [shown for shown in batch if shown.created_at >= settled]
+            self._on_lost(len(batch) - len(kept))
+            batch = kept
+        if not erased_at:
+            return batch
+        return [
+            shown
+            for shown in batch
+            if (at := erased_at.get(subject_sha256(shown.user_id))) is None or at < shown.created_at
+        ]
+
+
+def _insert(connection: Connection, rows: list[tuple[Any, ...]]) -> None:
+    """Past SQLAlchemy, which takes longer over a row than the request that it tells of."""
+    driver: Any = connection.connection.driver_connection
+    try:
+        if connection.dialect.name == "sqlite":
+            times = [row[_CREATED_AT].replace(tzinfo=None).isoformat(" ", "microseconds") for row in rows]
+            after = _CREATED_AT + 1
+            driver.executemany(
+                _INSERT, [(*row[:_CREATED_AT], time, *row[after:]) for row, time in zip(rows, times, strict=True)]
+            )
+        else:
+            with driver.cursor() as cursor, cursor.copy(_COPY) as copy:
+                for row in rows:
+                    copy.write_row(row)
+    except (sqlite3.Error, psycopg.Error) as error:
+        away = isinstance(error, sqlite3.OperationalError | psycopg.OperationalError)
+        raise (OperationalError if away else DatabaseError)(_INSERT, None, error) from error

@@ -21,6 +21,10 @@ class Resurfacing:
         self._after = None if after_days is None else timedelta(days=after_days)
         self._discount = discount
 
+    @property
+    def is_on(self) -> bool:
+        return self._after is not None
+
     def numbers(self, history: History) -> Numbers:
         """Items of the history, by their numbers, that were long not interacted with; none kept out for good."""
         if self._after is None or not len(history.interactions):

@@ -24,6 +24,7 @@ from app.serving.feedback_writer import FeedbackWriter
 from app.serving.histories import Histories
 from app.serving.latest import Latest
 from app.serving.popularity import Popularity
+from app.serving.query import Query
 from app.serving.ranked_lists import RankedLists
 from app.serving.ranking import Ranker
 from app.serving.recommendation_log import RecommendationLog
@@ -58,6 +59,8 @@ class Service:
     ranker: Ranker
     database_answers: bool = False
     migrated: bool = False
+    # Query strings of requests for recommendations that were valid, as what they ask for.
+    known_queries: dict[bytes, Query] = field(default_factory=dict)
     _stopping: threading.Event = field(default_factory=threading.Event)
     _poll_lock: threading.Lock = field(default_factory=threading.Lock)
     _follower: threading.Thread | None = None
@@ -212,7 +215,7 @@ def build_service(settings: Settings) -> Service:
     )
 
 
-def _service(request: Request) -> Service:
+async def _service(request: Request) -> Service:
     service: Service = request.app.state.service
     return service
 

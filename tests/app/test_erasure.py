@@ -95,14 +95,17 @@ def test_an_answer_that_enters_the_log_meanwhile_does_not_outlive_its_user(engin
         connection.execute(sa.insert(events), event("a", 0))
     log = RecommendationLog(engine, on_lost=lambda _: None)
     shown = {name: value for name, value in log_row("a", 1).items() if name in Shown.__slots__}
+    shown["created_at"] = datetime.now(UTC)
     eraser = threading.Thread(target=erase, args=(engine, "user", "a"), kwargs={"actor": "cli"})
 
     def erase_in_between(_connection: object, _cursor: object, statement: str, *_: object) -> None:
-        if statement.startswith("INSERT INTO recommendation_log"):
+        if (
+            "FROM erasures" in statement and eraser.ident is None
+        ):  # what was erased before is known; the answer is written next
             eraser.start()
             eraser.join(0.5)  # it ends, or waits for this transaction
 
-    sa.event.listen(engine, "before_cursor_execute", erase_in_between)
+    sa.event.listen(engine, "after_cursor_execute", erase_in_between)
     log.start()
     log.add(Shown(**shown, model_version=None, feedback_through=None))  # type: ignore[arg-type]
     log.stop()

@@ -1,0 +1,139 @@
+"""The short way answers as the long way does, or leaves the answer to it."""
+
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from typing import Any
+
+import pytest
+from fastapi.testclient import TestClient
+from sqlalchemy.engine import Engine
+
+from app.main import create_app
+from app.security import create_key
+from app.settings import Settings
+
+ITEMS = [f"item-{number:02}" for number in range(40)]
+
+
+@pytest.fixture
+def shop(settings: Settings, publish: Any, connect: Callable[..., TestClient]) -> Iterator[TestClient]:
+    publish("v1", ITEMS)
+    with connect(create_app(settings)) as client:
+        for item_id in ITEMS[:3]:
+            assert client.post("/feedback", json={"user_id": "anna", "item_id": item_id, "type": "click"}).is_success
+        yield client
+
+
+def both_ways(client: TestClient, path: str, **options: Any) -> list[Any]:
+    """The same request twice: by the long way, which remembers the query string, and then the short one if it may."""
+    service = client.app.state.service  # type: ignore[attr-defined]
+    service.known_queries.clear()
+    return [client.get(path, **options), client.get(path, **options)]
+
+
+@pytest.mark.parametrize(
+    ("user_id", "query"),
+    [
+        ("anna", ""),
+        ("anna", "k=3"),
+        ("anna", "k=5&exclude=item-07&exclude=item-09&include_seen=true"),
+        ("ben", "k=40"),
+        ("nobody", "k=2"),
+        ("with%20space%C3%A9", "k=2"),
+        ("anna", "k=4&diversity=0.5"),
+        ("anna", "k=0"),
+        ("anna", "kk=1"),
+        ("anna", "k=3&cursor=forged"),
+        ("a%2Fb", "k=3"),
+        ("", "k=3"),
+        ("..", "k=3"),
+        ("x" * 256, "k=3"),
+        ("%00", "k=3"),
+    ],
+)
+def test_both_ways_give_the_same(shop: TestClient, engine: Engine, user_id: str, query: str) -> None:
+    key = create_key(engine, "shop").key
+    headers = {"Authorization": f"Bearer {key}", "X-Request-ID": "mine-1"}
+    long, short = both_ways(shop, f"/users/{user_id}/recommendations?{query}", headers=headers)
+    assert short.status_code == long.status_code
+    ours = {"recommendation_id", "next_cursor"}
+    assert {k: v for k, v in short.json().items() if k not in ours} == {
+        k: v for k, v in long.json().items() if k not in ours
+    }
+    if long.is_success:
+        assert all((short.json()[name] is None) == (long.json()[name] is None) for name in ours)
+        assert short.json()["recommendation_id"] != long.json()["recommendation_id"]
+    changing = {"content-length", "date"}
+    assert {k: v for k, v in short.headers.items() if k not in changing} == {
+        k: v for k, v in long.headers.items() if k not in changing
+    }
+    assert short.headers["x-request-id"] == "mine-1"
+
+
+@pytest.mark.parametrize("form", ["Bearer {}", "bearer {}", "Basic {}", "{}", "Bearer {}x", "Bearer", "Bearer  {}"])
+def test_a_key_is_checked_alike(shop: TestClient, engine: Engine, form: str) -> None:
+    key = create_key(engine, "shop").key
+    good = {"Authorization": f"Bearer {key}"}
+    for given in ({"Authorization": form.format(key)}, {"X-API-Key": form.format(key)}, {}):
+        assert shop.get("/users/anna/recommendations?k=3", headers=good).status_code == 200  # both are known now
+        short = shop.get("/users/anna/recommendations?k=3", headers=given)
+        shop.app.state.service.known_queries.clear()  # type: ignore[attr-defined]
+        long = shop.get("/users/anna/recommendations?k=3", headers=given)
+        assert short.status_code == long.status_code
+
+
+def test_scopes_and_expiry_hold(shop: TestClient, engine: Engine) -> None:
+    narrow = create_key(engine, "writer", ["feedback"]).key
+    broad = create_key(engine, "admin", ["admin"]).key
+    statuses = []
+    for key in (narrow, broad):
+        headers = {"Authorization": f"Bearer {key}"}
+        answers = both_ways(shop, "/users/anna/recommendations", headers=headers)
+        statuses.append([answer.status_code for answer in answers])
+    assert statuses == [[403, 403], [200, 200]]
+    keys = shop.app.state.service.keys  # type: ignore[attr-defined]
+    expiring = create_key(engine, "soon", expires_in=timedelta(seconds=0.2))
+    headers = {"Authorization": f"Bearer {expiring.key}"}
+    assert shop.get("/users/anna/recommendations", headers=headers).status_code == 200
+    while keys.known(expiring.key) is not None:
+        pass
+    assert shop.get("/users/anna/recommendations", headers=headers).status_code == 401
+
+
+def test_the_next_answer_knows_what_just_happened(shop: TestClient, engine: Engine, publish: Any) -> None:
+    key = create_key(engine, "shop").key
+    shop.headers["Authorization"] = f"Bearer {key}"
+    seen = set(ITEMS[:3])
+    for _ in range(5):
+        answer = shop.get("/users/anna/recommendations?k=2").json()
+        first, second = [item["item_id"] for item in answer["items"]]
+        assert not seen & {first, second}
+        shop.post("/feedback", json={"user_id": "anna", "item_id": first, "type": "click"})
+        publish.hide(second)  # as another process would
+        seen |= {first, second}
+    version = publish("v2", ITEMS)
+    shop.app.state.service.poll()  # type: ignore[attr-defined]
+    answer = shop.get("/users/anna/recommendations?k=2").json()
+    assert answer["model_version"] == "v2"
+    assert version.num_items == len(ITEMS)
+
+
+def test_it_is_counted_under_its_route(shop: TestClient, engine: Engine) -> None:
+    key = create_key(engine, "shop").key
+    shop.headers["Authorization"] = f"Bearer {key}"
+    for _ in range(3):
+        shop.get("/users/anna/recommendations?k=2")
+    line = 'shortlist_requests_total{method="GET",route="/users/{user_id}/recommendations",status="200"} 3.0'
+    assert line in shop.get("/metrics").text
+
+
+def test_remembered_queries_are_bounded(shop: TestClient) -> None:
+    service = shop.app.state.service  # type: ignore[attr-defined]
+    for number in range(30):
+        shop.get(f"/users/anna/recommendations?k=1&exclude=item-{number}")
+    assert len(service.known_queries) == 30
+    service.known_queries |= {b"%d" % number: None for number in range(1_000)}
+    shop.get("/users/anna/recommendations?k=7")
+    assert list(service.known_queries) == [b"k=7"]
+    shop.get(f"/users/anna/recommendations?exclude={'x' * 250}")
+    assert list(service.known_queries) == [b"k=7"]
