@@ -11,7 +11,7 @@ from starlette.concurrency import run_in_threadpool
 from app.errors import Problem, responses
 from app.identifiers import Category, ItemId, UserId
 from app.security import Recommend
-from app.serving.cursors import MAX_CURSOR_LENGTH, CursorGone, CursorRefused
+from app.serving.cursors import CursorGone, CursorRefused
 from app.serving.filters import EVERY_CATEGORY, CategoryFilter
 from app.serving.query import Query
 from app.serving.service import Service, ServiceDep
@@ -65,9 +65,7 @@ class _Asked(CategoryParameters):
     max_per_category: int | None = Field(
         None, ge=1, le=MAX_K, description="How many items of any one category an answer holds at most."
     )
-    cursor: str | None = Field(
-        None, max_length=MAX_CURSOR_LENGTH, description="`next_cursor` of the answer before, with the same filters."
-    )
+    cursor: str | None = Field(None, description="`next_cursor` of the answer before, with the same filters.")
 
     def query(self) -> Query:
         return Query(

@@ -29,6 +29,7 @@ from app.tables import secrets
 # A cursor travels in URLs, which proxies bound at 8,192 characters.
 MAX_CURSOR_LENGTH = 6_000
 NAME = "cursors"
+NOT_OURS = "must be the `next_cursor` of an earlier answer, unchanged"
 
 _FORMAT = 1
 _SIGNATURE_BYTES = 16
@@ -138,6 +139,8 @@ class Cursors:
 
     def read(self, cursor: str, user_id: str, filters: bytes) -> Position:
         """Where to go on. Raises CursorRefused."""
+        if len(cursor) > MAX_CURSOR_LENGTH:
+            raise CursorRefused(NOT_OURS)
         try:
             signed = base64.b64decode(cursor + "=" * (-len(cursor) % 4), altchars=b"-_", validate=True)
         except (binascii.Error, ValueError):
@@ -146,7 +149,7 @@ class Cursors:
             signed = b""
         body, signature = signed[:-_SIGNATURE_BYTES], signed[-_SIGNATURE_BYTES:]
         if not body or not hmac.compare_digest(signature, self._sign(body)):
-            raise CursorRefused("must be the `next_cursor` of an earlier answer, unchanged")
+            raise CursorRefused(NOT_OURS)
         # What follows was written here, and by this release or one that wrote the same format.
         if body[0] != _FORMAT:
             raise CursorRefused("was made by another release: ask again without it")

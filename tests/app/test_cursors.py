@@ -144,14 +144,14 @@ def test_what_is_no_cursor(client: TestClient, publish: Any) -> None:
     another = base64.urlsafe_b64encode(raw[:20] + bytes([raw[20] ^ 1]) + raw[21:]).decode().rstrip("=")
     last = cursor[:-1] + chr(ord(cursor[-1]) ^ 1)
     listed = base64.urlsafe_b64encode(json.dumps(["item", "item-01"]).encode()).decode().rstrip("=")
-    for wrong in ("x", "", "=", "é", " ", "A" * 100, another, last, cursor[:-2], cursor + "A", f"{cursor}=", listed):
+    too_long = "A" * (MAX_CURSOR_LENGTH + 4)
+    changed = [another, last, cursor[:-2], cursor + "A", f"{cursor}="]
+    for wrong in [*changed, listed, too_long, "x", "", "=", "é", " ", "A" * 100]:
         response = client.get("/users/anna/recommendations", params={"cursor": wrong})
         assert response.status_code == 422, wrong
         assert response.json()["errors"] == [
             {"field": "query.cursor", "message": "must be the `next_cursor` of an earlier answer, unchanged"}
         ]
-    response = client.get("/users/anna/recommendations", params={"cursor": "A" * (MAX_CURSOR_LENGTH + 1)})
-    assert (response.status_code, response.json()["errors"][0]["field"]) == (422, "query.cursor")
     half_a_pair = {"content": b'{"cursor": "\\ud800"}', "headers": {"Content-Type": "application/json"}}
     response = client.post("/users/anna/recommendations", **half_a_pair)  # type: ignore[arg-type]
     assert (response.status_code, response.json()["errors"][0]["field"]) == (422, "body.cursor")
