@@ -12,12 +12,17 @@ from app.database import create_engine, writing
 from app.erasure import erase
 from app.serving.candidates import Candidates
 from app.serving.catalog import Catalog
-from app.serving.filters import EVERY_CATEGORY, CategoryFilter, in_category
+from app.serving.filters import EVERY_CATEGORY, CategoryFilter
 from ml.ids import IdMap
 
 KNOWN = [f"item-{number}" for number in range(12)]
 OTHERS = [f"new-{number}" for number in range(4)]
 CATEGORIES = ["a", "b", "c"]
+
+
+def in_category(category: str) -> CategoryFilter:
+    return CategoryFilter(all=frozenset([category]))
+
 
 FILTERS = [
     EVERY_CATEGORY,
