@@ -181,7 +181,9 @@ def interactions_of(store: Store, snapshot_hash: str, processes: Processes = ALO
         snapshot = read_snapshot(store, snapshot_hash)
     except KeyError:
         raise ValueError(f"the store holds no snapshot {snapshot_hash[:80]!r}") from None
-    return Interactions.from_events(_own_parts(store, snapshot, processes), snapshot.meanings, processes)
+    found = Interactions.from_events(_own_parts(store, snapshot, processes), snapshot.meanings, processes)
+    pa.default_memory_pool().release_unused()
+    return found
 
 
 def _own_parts(store: Store, snapshot: Snapshot, processes: Processes) -> Iterator[pa.Table]:
@@ -189,10 +191,13 @@ def _own_parts(store: Store, snapshot: Snapshot, processes: Processes) -> Iterat
     first = 0
     for number, part in enumerate(snapshot.parts):
         if number % processes.size == processes.rank:
-            table = read_part(store, part)
+            table = read_part(store, part, encoded=True)
             if processes.size > 1 and table["position"].null_count:
                 table = table.set_column(0, "position", pa.array(np.arange(first, first + len(table))))
             yield table
+            # Arrow keeps what it has used; the next part wants another pattern of sizes.
+            del table
+            pa.default_memory_pool().release_unused()
         first += part.rows
 
 
