@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 DATA ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-real-data check openapi format clean bench-import bench-serving bench-quality
+.PHONY: help setup demo test test-real-data check openapi format clean bench-import bench-loading bench-serving bench-quality bench-warm-start
 
 help: ## Show this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -45,6 +45,12 @@ bench-quality: setup ## Compute docs/quality.md's tables on the data sets in DAT
 
 openapi: setup ## Export docs/openapi.json, after a change of the HTTP interface
 	$(BIN)/shortlist openapi --out docs/openapi.json
+
+bench-loading: setup ## Measure the way from a snapshot of 20,000,000 events to the first step: time and memory
+	PYTHONPATH=. $(BIN)/python benchmarks/loading.py
+
+bench-warm-start: setup ## Measure a warm start on sequences in DATA beside a full training, five seeds; goes on from where it ended
+	PYTHONPATH=. $(BIN)/python benchmarks/warm_start.py --data $(DATA) --results warm-start.jsonl
 
 format: setup ## Format the code and fix what can be fixed
 	$(BIN)/ruff check --fix .
