@@ -9,7 +9,7 @@ from starlette.concurrency import run_in_threadpool
 
 from app import docs_page, errors
 from app.body_limit import BodyLimit
-from app.routes import admin, catalog, feedback, health, popular, recommendations
+from app.routes import admin, catalog, feedback, health, popular, recommendations, sessions, similar
 from app.serving.service import build_service
 from app.settings import Settings
 from app.shortcut import Shortcut
@@ -52,7 +52,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     )
     app.add_middleware(Shortcut, service=service)
     app.add_middleware(RequestTelemetry, metrics=service.metrics, access_log=settings.access_log)
-    for routes in (recommendations, feedback, popular, catalog, admin, health):
+    for routes in (recommendations, sessions, feedback, popular, similar, catalog, admin, health):
         app.include_router(routes.router)
     docs_page.install(app, schemas={"Event": feedback.Event})
     return app

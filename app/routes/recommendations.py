@@ -1,5 +1,7 @@
 """`/users/{user_id}/recommendations`: what to show to a user now."""
 
+from collections.abc import Iterable
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 import fastapi
@@ -11,6 +13,7 @@ from starlette.concurrency import run_in_threadpool
 from app.errors import Problem, responses
 from app.identifiers import Category, ItemId, UserId
 from app.security import Recommend
+from app.serving import reasons
 from app.serving.cursors import CursorGone, CursorRefused
 from app.serving.filters import EVERY_CATEGORY, CategoryFilter
 from app.serving.query import Query
@@ -53,8 +56,8 @@ class CategoryParameters(BaseModel):
         return CategoryFilter(frozenset(self.categories_any), frozenset(every), frozenset(self.categories_none))
 
 
-class _Asked(CategoryParameters):
-    """What GET and POST take alike."""
+class ListParameters(CategoryParameters):
+    """What a list can be asked for, whoever it is for."""
 
     k: K = 10
     exclude: list[ItemId] = []
@@ -65,9 +68,10 @@ class _Asked(CategoryParameters):
     max_per_category: int | None = Field(
         None, ge=1, le=MAX_K, description="How many items of any one category an answer holds at most."
     )
-    cursor: str | None = Field(None, description="`next_cursor` of the answer before, with the same filters.")
+    explain: bool = Field(False, description="Whether each item comes with the reason why it is there.")
 
     def query(self) -> Query:
+        """The same as serving takes it."""
         return Query(
             k=self.k,
             categories=self.filter,
@@ -75,8 +79,17 @@ class _Asked(CategoryParameters):
             include_seen=self.include_seen,
             diversity=self.diversity,
             max_per_category=self.max_per_category,
-            cursor=self.cursor,
+            explain=self.explain,
         )
+
+
+class _Asked(ListParameters):
+    """What GET and POST take alike."""
+
+    cursor: str | None = Field(None, description="`next_cursor` of the answer before, with the same filters.")
+
+    def query(self) -> Query:
+        return replace(super().query(), cursor=self.cursor)
 
 
 class RecommendationParameters(_Asked):
@@ -93,6 +106,26 @@ class RecommendationRequest(_Asked):
     exclude: list[ItemId] = Field([], max_length=MAX_EXCLUDE, description="Items to leave out.")
 
 
+class Influence(BaseModel):
+    """An item of the history that raised the score."""
+
+    item_id: str
+    effect: float = Field(description="By how much the score is higher than without it.")
+
+
+class Reason(BaseModel):
+    """Why an item is there."""
+
+    method: Literal["leave_one_out", "fold_in", "popularity", "unseen", "exploration"] = Field(
+        description="`leave_one_out`: the user was ranked for again without each of the latest items of the history. "
+        "`fold_in`: the same with the vector that is fitted to the latest items. `popularity`: many people chose it. "
+        "`unseen`: new since the version was trained. `exploration`: chance put it here."
+    )
+    because: list[Influence] = Field(
+        description="Up to three items of the history that raised the score, most first; none if none did."
+    )
+
+
 class RecommendedItem(BaseModel):
     """One place in the list."""
 
@@ -103,6 +136,7 @@ class RecommendedItem(BaseModel):
     )
     rank: int = Field(description="From 1.")
     exploration: bool = Field(description="Whether chance put it here; the log has how probable that was.")
+    reason: Reason | None = Field(None, description="Only with `explain`.")
 
 
 class Recommendations(BaseModel):
@@ -201,6 +235,15 @@ async def answer(service: Service, user_id: str, query: Query) -> bytes:
         "feedback_through": found.feedback_through,
         "next_cursor": found.next_cursor,
     }
+    if found.reasons is not None:
+        add_reasons(values["items"], found.reasons)
     if found.reason is not None:
         values["reason"] = found.reason
     return to_json(values)
+
+
+def add_reasons(items: list[dict[str, Any]], found: Iterable[reasons.Reason]) -> None:
+    """Put each item's reason beside it."""
+    for item, reason in zip(items, found, strict=True):
+        because = [{"item_id": item_id, "effect": effect} for item_id, effect in reason.because]
+        item["reason"] = {"method": reason.method, "because": because}

@@ -12,7 +12,7 @@ from app.serving.catalog import Catalog
 from app.serving.filters import CategoryFilter
 from app.serving.latest import Latest
 from app.serving.popularity import Popularity
-from app.serving.recommendation_log import NOBODY, RecommendationLog, Shown
+from app.serving.recommendation_log import RecommendationLog, new_id, shown_to_nobody
 
 Surface = Literal["popular", "trending", "latest"]
 
@@ -57,7 +57,7 @@ class Charts:
         """Rank for everybody alike."""
         items = list(islice(self._ranked(surface, query), query.k))
         chart = Chart(
-            str(uuid.uuid4()),
+            str(uuid.UUID(bytes=new_id())),
             items,
             surface if items else "empty",
             None if items else self._why_empty(surface, query),
@@ -92,21 +92,7 @@ class Charts:
         return f"no item that may be shown{among} {happened[surface]} in the last {query.window_hours} hours"
 
     def _record(self, chart: Chart, surface: Surface, query: ChartQuery) -> None:
+        filters = {"k": query.k, "window_hours": query.window_hours, **query.categories.as_logged()}
         self._log.add(
-            Shown(
-                recommendation_id=chart.recommendation_id,
-                user_id=NOBODY,
-                surface=surface,
-                policy=surface,
-                model_version=None,
-                source=chart.source,
-                feedback_through=None,
-                filters={"k": query.k, "window_hours": query.window_hours, **query.categories.as_logged()},
-                candidate_count=len(chart.items),
-                item_ids=[item_id for item_id, _ in chart.items],
-                scores=[score for _, score in chart.items],
-                propensities=[1.0] * len(chart.items),
-                explorations=[False] * len(chart.items),
-                created_at=datetime.now(UTC),
-            )
+            shown_to_nobody(chart.recommendation_id, surface, chart.source, chart.items, filters, len(chart.items))
         )

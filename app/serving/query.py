@@ -15,7 +15,7 @@ FEW = 100
 
 @dataclass(frozen=True, slots=True)
 class Query:
-    """What a caller wants to be shown; all but `k` and `cursor` stay the same from page to page."""
+    """What a caller wants to be shown; all but `k`, `cursor` and `explain` stay the same from page to page."""
 
     k: int = 10
     categories: CategoryFilter = EVERY_CATEGORY
@@ -24,6 +24,7 @@ class Query:
     diversity: float = 0.0
     max_per_category: int | None = None
     cursor: str | None = None
+    explain: bool = False
 
     @property
     def is_diverse(self) -> bool:
@@ -35,7 +36,7 @@ class Query:
         """Whether it asks for nothing that takes time of its own."""
         few = self.k <= FEW and len(self.exclude) <= FEW
         by_category = bool(self.categories.any or self.categories.none)
-        return few and self.cursor is None and not self.is_diverse and not by_category
+        return few and self.cursor is None and not self.explain and not self.is_diverse and not by_category
 
     def filters_digest(self) -> bytes:
         """Eight bytes that two queries share if and only if their pages may follow one another."""

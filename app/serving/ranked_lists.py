@@ -29,8 +29,6 @@ Floats = npt.NDArray[np.float32]
 
 # Of the items that no version was trained on, so many at most may fill the end of a list.
 MOST_UNSEEN = 10_000
-# What a cursor keeps of a history where a model that looks at no window folds it in.
-PINNED_HISTORY = 100
 # So many lists are kept with a history.
 KEPT_LISTS = 2
 
@@ -126,7 +124,7 @@ class RankedLists:
             candidate_count=count,
             active=active,
             encoded=encoded,
-            history=_pinned(seen, recommender.window_length, user_index),
+            history=_pinned(seen, recommender, user_index),
             indices=indices,
         )
 
@@ -140,6 +138,21 @@ class RankedLists:
         if page is not None:
             mask[page.shown] = False
         return mask, int(np.count_nonzero(mask))
+
+    def for_stranger(self, active: Active, seen: Numbers, query: Query, session: Numbers) -> Ranked:
+        """Rank by a version for somebody of whom nothing is known but what they took, by the version's numbers.
+
+        `session` is left out of the list unless the query includes what was seen.
+        """
+        recommender = active.recommender
+        mask, count = self._candidates(active, query, None)
+        left_out = NOTHING if query.include_seen else np.unique(session)
+        count -= int(np.count_nonzero(mask[left_out]))
+        encoded = recommender.encode([-1], [seen])
+        indices, scores = self._chosen(active, encoded, left_out, NOTHING, query, count, mask)
+        return Ranked(
+            recommender.items.ids(indices), scores.tolist(), "folded_in", count, active=active, encoded=encoded
+        )
 
     def by_popularity(self, state: State, query: Query, page: Position | None = None) -> Ranked:
         """The items most people chose, without those that the user has seen."""
@@ -270,8 +283,8 @@ class RankedLists:
         return test
 
 
-def _pinned(seen: Numbers, window_length: int, user_index: int) -> Numbers:
+def _pinned(seen: Numbers, recommender: Recommender, user_index: int) -> Numbers:
     """The end of a history that the model looked at."""
-    if window_length:
-        return seen[-window_length:]
-    return seen[-PINNED_HISTORY:] if user_index < 0 else NOTHING
+    if user_index >= 0 and recommender.model.fits_strangers:
+        return NOTHING
+    return seen[-recommender.window_length :] if recommender.window_length else NOTHING

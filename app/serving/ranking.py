@@ -1,7 +1,7 @@
 """One user's answer: read what is known, rank, explore, say where the list goes on, and log what was shown."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
 import numpy as np
@@ -15,6 +15,7 @@ from app.serving.histories import Histories, History
 from app.serving.popularity import Popularity
 from app.serving.query import Query
 from app.serving.ranked_lists import Ranked, RankedLists, Source, State
+from app.serving.reasons import Reason, reasons_of
 from app.serving.recommendation_log import RecommendationLog, Shown, new_id
 
 # A ranking within both bounds stays on the event loop.
@@ -37,6 +38,7 @@ class Ranking:
     candidate_count: int
     next_cursor: str | None = None
     reason: str | None = None
+    reasons: Sequence[Reason] | None = None  # of each item, where they were asked for
 
 
 class Ranker:
@@ -87,6 +89,8 @@ class Ranker:
         if self._explorer.explores and ranked.item_ids:
             draws = self._explored(state, query, page, ranked, list_id)
         ranking = self._answer(state, query, page, ranked, list_id, draws)
+        if query.explain:
+            ranking = replace(ranking, reasons=self._reasons(state, page, ranked, ranking))
         self._record(ranking, query, page)
         return ranking
 
@@ -203,6 +207,17 @@ class Ranker:
         through = state.history.feedback_through if page is None else page.feedback_through
         position = Position(list_id, version, through, history, shown, elsewhere)
         return self._cursors.write(position, state.user_id, query.filters_digest())
+
+    def _reasons(self, state: State, page: Position | None, ranked: Ranked, ranking: Ranking) -> list[Reason]:
+        active, user_index, seen = ranked.active, -1, NOTHING
+        if active is not None:
+            user_index, history = self._active_models.user_index(active, state.user_id), state.history
+            if page is not None and len(page.history):  # all that is left of what a further page is ranked by
+                seen = page.history
+            else:
+                seen = active.item_indices.of_numbers(history.items, history.interactions)
+        drawn = {draw.item_id for draw in ranking.draws}
+        return reasons_of(self._catalog, active, user_index, seen, [item_id for item_id, _ in ranking.items], drawn)
 
     def _why_empty(self, query: Query, page: Position | None) -> str:
         if page is not None:

@@ -5,7 +5,7 @@ import sqlite3
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -78,6 +78,34 @@ def new_id() -> bytes:
     high = 0x7000 | chance >> 68
     low = 0x8000_0000_0000_0000 | chance & 0x3FFF_FFFF_FFFF_FFFF
     return (milliseconds << 80 | high << 64 | low).to_bytes(16)
+
+
+def shown_to_nobody(
+    recommendation_id: str,
+    surface: str,
+    source: str,
+    items: Sequence[tuple[str, float]],
+    filters: dict[str, Any],
+    candidate_count: int,
+    model_version: str | None = None,
+) -> Shown:
+    """An answer for nobody in particular, by chance in no part."""
+    return Shown(
+        recommendation_id=recommendation_id,
+        user_id=NOBODY,
+        surface=surface,
+        policy="model" if model_version is not None else source,
+        model_version=model_version,
+        source=source,
+        feedback_through=None,
+        filters=filters,
+        candidate_count=candidate_count,
+        item_ids=[item_id for item_id, _ in items],
+        scores=[score for _, score in items],
+        propensities=[1.0] * len(items),
+        explorations=[False] * len(items),
+        created_at=datetime.now(UTC),
+    )
 
 
 class RecommendationLog:

@@ -29,6 +29,8 @@ from app.serving.ranked_lists import RankedLists
 from app.serving.ranking import Ranker
 from app.serving.recommendation_log import RecommendationLog
 from app.serving.resurfacing import Resurfacing
+from app.serving.sessions import Sessions
+from app.serving.similar import SimilarItems
 from app.settings import Settings
 from app.telemetry import Metrics
 from ml.registry import Registry
@@ -53,6 +55,8 @@ class Service:
     popularity: Popularity
     activity: Activity
     charts: Charts
+    similar: SimilarItems
+    sessions: Sessions
     recommendation_log: RecommendationLog
     feedback_writer: FeedbackWriter
     cursors: Cursors
@@ -185,12 +189,13 @@ def build_service(settings: Settings) -> Service:
     )
     cursors = Cursors()
     resurfacing = Resurfacing(settings.resurface_after_days, settings.resurface_discount)
+    lists = RankedLists(catalog, active_models, popularity, resurfacing)
     ranker = Ranker(
         catalog=catalog,
         histories=histories,
         active_models=active_models,
         popularity=popularity,
-        lists=RankedLists(catalog, active_models, popularity, resurfacing),
+        lists=lists,
         explorer=Explorer(catalog, popularity, settings.exploration_share, settings.exploration_below),
         cursors=cursors,
         recommendation_log=recommendation_log,
@@ -207,6 +212,15 @@ def build_service(settings: Settings) -> Service:
         active_models=active_models,
         popularity=popularity,
         activity=activity,
+        similar=SimilarItems(catalog, active_models, popularity, recommendation_log),
+        sessions=Sessions(
+            catalog=catalog,
+            active_models=active_models,
+            popularity=popularity,
+            lists=lists,
+            recommendation_log=recommendation_log,
+            max_history=settings.max_history,
+        ),
         charts=Charts(catalog, popularity, activity, Latest(catalog), recommendation_log),
         recommendation_log=recommendation_log,
         feedback_writer=feedback_writer,

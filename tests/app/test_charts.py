@@ -140,5 +140,5 @@ def test_every_chart_is_logged_for_nobody(client: TestClient, publish: Any, engi
         rows = {row.surface: row for row in connection.execute(sa.select(recommendation_log))}
     for surface, answer in answers.items():
         assert rows[surface].recommendation_id == answer["recommendation_id"]
-        assert (rows[surface].user_id, rows[surface].policy) == ("", surface)
+        assert (rows[surface].user_id, rows[surface].source) == ("", answer["source"])
         assert rows[surface].filters["categories_all"] == ["film"]
