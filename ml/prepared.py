@@ -1,6 +1,7 @@
 """A model whose weights are final, prepared to rank for one user at a time."""
 
 from collections.abc import Callable
+from typing import Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -10,6 +11,7 @@ from torch import Tensor
 from ml.inner_product_screen import InnerProductScreen
 from ml.models import InnerProducts, NeuMF, RankingModel, SingleEncoder
 from ml.neumf_screen import NeuMFScreen
+from ml.retrieval import Retrieval, candidate_count
 from ml.screening import SPARE, Floats, Indices, Screen, best_of, screened_top, whole_products_are_exact
 
 # Catalogues from which on a screen finds the best items sooner than scores of all do; see docs/performance.md.
@@ -17,6 +19,12 @@ PRODUCTS_SCREENED_FROM = 50_000
 NEUMF_SCREENED_FROM = 20_000
 # Where fewer items than this share may be shown, those alone are scored.
 FEW_ALLOWED = 1 / 64
+# Where filters leave less than this share, an index would have to give too many candidates.
+MOST_FILTERED = 0.25
+
+# How a ranking found its items.
+Way = Literal["scored", "screened", "retrieved", "starved"]
+WAYS: tuple[Way, ...] = get_args(Way)
 
 _NEVER = np.float32("-inf")
 
@@ -24,8 +32,10 @@ _NEVER = np.float32("-inf")
 class Prepared:
     """Ranks on a processor, exactly, each time in the fastest of its ways; safe to call from several threads at once.
 
-    `screened_from` is the number of items from which on a screen is built. `on_ranked` hears of each ranking how its
-    items were found: "scored" (every item that may be shown), "screened".
+    `screened_from` is the number of items from which on a screen is built. With `probes`, candidates for models whose
+    scores are inner products come from an index: then, and only then, a list may lack items of the exact one.
+    `on_ranked` hears of each ranking how its items were found: "scored" (every item that may be shown), "screened",
+    "retrieved" (from the index), or "starved" (screened or scored, for the index gave too few that may be shown).
     """
 
     def __init__(
@@ -33,11 +43,13 @@ class Prepared:
         model: RankingModel,
         *,
         screened_from: int | None = None,
-        on_ranked: Callable[[str], None] = lambda way: None,  # noqa: ARG005
+        probes: int | None = None,
+        on_ranked: Callable[[Way], None] = lambda way: None,  # noqa: ARG005
     ) -> None:
         self._model = model
         self._on_ranked = on_ranked
         self._screen: Screen | None = None
+        self._retrieval: Retrieval | None = None
         self._products: InnerProducts | None = None
         with torch.inference_mode():
             self._encoder: SingleEncoder | None = model.single_encoder()
@@ -46,15 +58,22 @@ class Prepared:
                 products = self._products = products.as_products()
                 if model.num_items >= (screened_from or PRODUCTS_SCREENED_FROM) and whole_products_are_exact():
                     self._screen = InnerProductScreen(products)
+                if probes is not None:
+                    self._retrieval = Retrieval(products, probes)
             elif isinstance(model, NeuMF):
                 model.item_share()
                 if model.num_items >= (screened_from or NEUMF_SCREENED_FROM) and whole_products_are_exact():
                     self._screen = NeuMFScreen(model)
 
     @property
-    def is_screened(self) -> bool:
-        """Whether a screen stands before the exact scores."""
-        return self._screen is not None
+    def is_exhaustive(self) -> bool:
+        """Whether every ranking scores all items: then a batch is ranked faster as a whole."""
+        return self._screen is None and self._retrieval is None
+
+    @property
+    def retrieves(self) -> bool:
+        """Whether an index gives the candidates."""
+        return self._retrieval is not None
 
     def encode(self, user: int, window: Indices) -> Tensor | None:
         """What the model knows of one user, (1, width); None if the model itself is as fast."""
@@ -66,7 +85,8 @@ class Prepared:
         self, encoded: Tensor, excluded: Indices, k: int, allowed: npt.NDArray[np.bool_] | None
     ) -> tuple[Indices, Floats]:
         """The k best items of one encoded user, (1, width), and their scores; fewer where fewer remain."""
-        if self._screen is None:
+        if self.is_exhaustive:
+            self._on_ranked("scored")
             return self._best_of_all(encoded, excluded, k, allowed)
         excluded = np.sort(excluded)
 
@@ -81,23 +101,33 @@ class Prepared:
             return shown
 
         share = 1.0 if allowed is None else np.count_nonzero(allowed) / len(allowed)
+        starved = False
+        if self._retrieval is not None:
+            items = np.zeros(0, np.int64)
+            if share >= MOST_FILTERED:
+                items = self._retrieval.candidates(encoded, int(candidate_count(k + len(excluded)) / share))
+                items = items[may_show(items)]
+            if len(items) >= k:
+                best, values = best_of(rescore(items), k, items)
+                self._on_ranked("retrieved")
+                return items[best], values
+            starved = True
         if allowed is not None and share < FEW_ALLOWED:
             few = np.flatnonzero(allowed)
             few = few[may_show(few)]
             best, values = best_of(rescore(few), k)
-            self._on_ranked("scored")
+            self._on_ranked("starved" if starved else "scored")
             return few[best], values
-        pool = int((k + len(excluded)) / share) + SPARE
-        found = screened_top(self._screen, encoded, rescore, may_show, k, pool)
-        if found is None:
-            return self._best_of_all(encoded, excluded, k, allowed)
-        self._on_ranked("screened")
-        return found
+        found = None
+        if self._screen is not None:
+            pool = int((k + len(excluded)) / share) + SPARE
+            found = screened_top(self._screen, encoded, rescore, may_show, k, pool)
+        self._on_ranked("starved" if starved else "scored" if found is None else "screened")
+        return self._best_of_all(encoded, excluded, k, allowed) if found is None else found
 
     def _best_of_all(
         self, encoded: Tensor, excluded: Indices, k: int, allowed: npt.NDArray[np.bool_] | None
     ) -> tuple[Indices, Floats]:
-        self._on_ranked("scored")
         scores = self._scores(encoded)
         if allowed is not None:
             scores[~allowed] = _NEVER

@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ import numpy as np
 import torch
 import typer
 
-from ml import progress
+from ml import progress, retrieval
 from ml.distributed import ALONE, Processes, joined
 from ml.evaluate import popularity_of
 from ml.experiment import TEST, VALIDATION, SplitEvaluator, chosen_device, chosen_recipe, counts_of
@@ -36,6 +36,9 @@ from ml.versions import compared, interactions_of, microseconds, rfc3339
 
 # With fewer users to evaluate on than this, what came after the parent version says too little.
 FEWEST_NEW_USERS = 20
+# From so many items on, services may retrieve candidates from an index: what it finds is measured with so many users.
+RETRIEVAL_MEASURED_FROM = 100_000
+RETRIEVAL_MEASURED_USERS = 500
 
 
 class Reporter:
@@ -222,8 +225,9 @@ def produce(
     name = ""
     with processes.together():
         if processes.is_first:
+            published = Recommender(result.model, interactions.users, interactions.items)
             name = registry.publish(
-                Recommender(result.model, interactions.users, interactions.items),
+                published,
                 recipe=training.recipe.as_dict(),
                 version=training.version,
                 snapshot=training.snapshot,
@@ -233,10 +237,25 @@ def produce(
                 parent_version=training.warm_start,
                 run_id=training.run_id,
                 run_epoch=training.run_epoch,
+                retrieval=_measured_retrieval(published, interactions, training.seed),
             ).version
     manifest = registry.manifest(processes.gather_values(name)[0])
     workspace.remove_checkpoints()
     return _report_published(manifest, report)
+
+
+def _measured_retrieval(recommender: Recommender, interactions: Interactions, seed: int) -> dict[str, Any] | None:
+    """Measure what an index over the version's items finds; None where no service would build one."""
+    with torch.inference_mode():
+        products = recommender.model.inner_products()
+        if products is None or interactions.num_items < RETRIEVAL_MEASURED_FROM or not retrieval.is_installed():
+            return None
+        # Of several processes, this one may hold the histories of some of the users.
+        users = np.flatnonzero(np.diff(interactions.offsets))
+        count = min(RETRIEVAL_MEASURED_USERS, len(users))
+        users = np.random.default_rng(seed).choice(users, count, replace=False)
+        encoded = recommender.encode(users, [interactions.history(user) for user in users])
+        return asdict(retrieval.measured_retrieval(products.as_products(), encoded))
 
 
 def _fit_and_evaluate(

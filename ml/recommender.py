@@ -14,7 +14,7 @@ from ml.fold_in import MAX_EVENTS, FoldIn
 from ml.ids import IdMap
 from ml.interactions import Interactions
 from ml.models import RankingModel
-from ml.prepared import Prepared
+from ml.prepared import Prepared, Way
 from ml.screening import ScoresNotNumbers
 
 __all__ = ["Recommender", "ScoresNotNumbers", "best", "windows_from_histories", "windows_from_interactions"]
@@ -116,16 +116,23 @@ class Recommender:
         self,
         *,
         screened_from: int | None = None,
-        on_ranked: Callable[[str], None] = lambda way: None,  # noqa: ARG005
+        probes: int | None = None,
+        on_ranked: Callable[[Way], None] = lambda way: None,  # noqa: ARG005
     ) -> None:
         """Build what ranking for one user at a time needs to be fast, once the weights are final; see Prepared.
 
-        Without it, every item is scored for every ranking. The lists are the same, ties within rounding aside.
+        Without it, every item is scored for every ranking. Without `probes`, the lists are the same, ties within
+        rounding aside.
         """
         if self.model.fits_strangers:
             self._folding_in()
         if self.device.type == "cpu":
-            self._prepared = Prepared(self.model, screened_from=screened_from, on_ranked=on_ranked)
+            self._prepared = Prepared(self.model, screened_from=screened_from, probes=probes, on_ranked=on_ranked)
+
+    @property
+    def retrieves(self) -> bool:
+        """Whether candidates come from an approximate index."""
+        return self._prepared is not None and self._prepared.retrieves
 
     @property
     def num_users(self) -> int:
@@ -172,7 +179,7 @@ class Recommender:
         with torch.inference_mode():
             chosen = np.full((len(encoded), k), UNKNOWN, np.int64)
             kept = np.full((len(encoded), k), _NEVER, np.float32)
-            if self._prepared is not None and (len(encoded) == 1 or self._prepared.is_screened):
+            if self._prepared is not None and (len(encoded) == 1 or not self._prepared.is_exhaustive):
                 for row, items in enumerate(excluded):
                     out = np.asarray(items, np.int64)
                     found, values = self._prepared.top(encoded[row : row + 1], out[out >= 0], k, allowed)

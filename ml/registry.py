@@ -70,6 +70,8 @@ class Manifest:
     parent_version: str | None = None
     run_id: str | None = None
     run_epoch: int | None = None
+    # recall, users, probes and lists, as ml.retrieval measured them; None where nothing was measured
+    retrieval: dict[str, Any] | None = None
     format: int = FORMAT
 
     def as_json(self) -> dict[str, Any]:
@@ -134,6 +136,7 @@ class Registry:
         parent_version: str | None = None,
         run_id: str | None = None,
         run_epoch: int | None = None,
+        retrieval: Mapping[str, Any] | None = None,
     ) -> Manifest:
         """Publish a version under a new name; VersionExists if the name is taken.
 
@@ -182,6 +185,7 @@ class Registry:
             parent_version=parent_version,
             run_id=run_id,
             run_epoch=run_epoch,
+            retrieval=None if retrieval is None else _plain(retrieval),
         )
         if not self.store.put_if_absent(_manifest_name(version), manifest.to_bytes()):
             raise VersionExists(f"version {version} was published by somebody else meanwhile: choose another name")

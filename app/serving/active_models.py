@@ -3,6 +3,7 @@
 import json
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -14,6 +15,8 @@ from app.erasure import subject_sha256
 from app.serving.candidates import Candidates, ItemIndices
 from app.serving.catalog import Catalog
 from app.tables import model_versions
+from ml import retrieval
+from ml.prepared import Way
 from ml.recommender import Recommender
 from ml.registry import Manifest, Registry
 from ml.store import Store
@@ -59,13 +62,24 @@ class LoadFailure:
 class ActiveModels:
     """Follows the active version. `current` is one reference; `poll` may be called from any thread."""
 
-    def __init__(self, registry: Registry, store: Store, catalog: Catalog) -> None:
+    def __init__(
+        self,
+        registry: Registry,
+        store: Store,
+        catalog: Catalog,
+        *,
+        retrieval_from: int,
+        on_ranked: Callable[[Way], None],
+    ) -> None:
+        """`retrieval_from` items are ranked through an index; `on_ranked` hears how each ranking found its items."""
         self.current: Active | None = None
         self.failure: LoadFailure | None = None
         self.swaps = 0
         self._registry = registry
         self._store = store
         self._catalog = catalog
+        self._retrieval_from = retrieval_from
+        self._on_ranked = on_ranked
         self._lock = threading.Lock()
 
     def poll(self, connection: Connection) -> None:
@@ -101,9 +115,23 @@ class ActiveModels:
         recommender, manifest = self._registry.load(version)
         through = self._erasures_through(manifest)
         candidates = Candidates(recommender.items, self._catalog, through)
-        recommender.prepare()
+        recommender.prepare(probes=self._probes(recommender, manifest), on_ranked=self._on_ranked)
         seconds = _ranking_seconds(recommender)
         return Active(version, recommender, manifest, candidates, ItemIndices(recommender.items), through, seconds)
+
+    def _probes(self, recommender: Recommender, manifest: Manifest) -> int | None:
+        """How many lists of an index to look into; None where the exact path serves."""
+        if recommender.num_items < self._retrieval_from or manifest.retrieval is None:
+            return None
+        probes = retrieval.probes_worth(manifest.retrieval)
+        if probes is None:
+            log.warning("retrieval_falls_short", version=manifest.version, recall=manifest.retrieval.get("recall"))
+        elif not retrieval.is_installed():
+            log.warning(
+                "retrieval_not_installed", version=manifest.version, advice="pip install 'shortlist[retrieval]'"
+            )
+            return None
+        return probes
 
     def _erasures_through(self, manifest: Manifest) -> int:
         if manifest.snapshot is None:

@@ -33,6 +33,7 @@ from app.serving.sessions import Sessions
 from app.serving.similar import SimilarItems
 from app.settings import Settings
 from app.telemetry import Metrics
+from ml.prepared import WAYS
 from ml.registry import Registry
 from ml.store import Store, open_store
 
@@ -126,6 +127,10 @@ class Service:
                 "1 while the version to be active cannot be loaded.",
                 models.failure is not None,
             ),
+            "version_retrieves": (
+                "1 while the active version's candidates come from an approximate index.",
+                models.current is not None and models.current.recommender.retrieves,
+            ),
             "version_swaps": ("Times that another version went live in this process.", models.swaps),
             "recommendation_log_waiting": ("Answers that wait to be logged.", len(self.recommendation_log)),
             "feedback_waiting": ("Feedback requests that wait for their commit.", len(self.feedback_writer)),
@@ -172,7 +177,17 @@ def build_service(settings: Settings) -> Service:
     registry = Registry(store, settings.data_dir / "cache")
     catalog = Catalog()
     histories = Histories(engine, catalog, settings.event_meanings, settings.max_history)
-    active_models = ActiveModels(registry, store, catalog)
+    rankings = metrics.counter(
+        "rankings", "Rankings by a model, by how it found the items: scored, screened, retrieved or starved.", ("way",)
+    )
+    by_way = {way: rankings.labels(way) for way in WAYS}
+    active_models = ActiveModels(
+        registry,
+        store,
+        catalog,
+        retrieval_from=settings.retrieval_from,
+        on_ranked=lambda way: by_way[way].inc(),
+    )
     popularity = Popularity(settings.event_meanings, catalog)
     activity = Activity(settings.event_meanings, catalog)
     lost = metrics.counter("recommendation_log_lost", "Answers that did not reach the recommendation log.")
