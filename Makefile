@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 DATA ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-real-data check openapi format clean bench-import bench-loading bench-serving bench-quality bench-warm-start
+.PHONY: help setup demo test test-real-data check openapi format clean bench-import bench-loading bench-ranking bench-serving bench-quality bench-warm-start
 
 help: ## Show this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -51,6 +51,9 @@ bench-loading: setup ## Measure the way from a snapshot of 20,000,000 events to 
 
 bench-warm-start: setup ## Measure a warm start on sequences in DATA beside a full training, five seeds; goes on from where it ended
 	PYTHONPATH=. $(BIN)/python benchmarks/warm_start.py --data $(DATA) --results warm-start.jsonl
+
+bench-ranking: setup ## Measure how fast the best of 1,000,000 items are found, beside plain ways to find them
+	OMP_NUM_THREADS=1 PYTHONPATH=. $(BIN)/python benchmarks/ranking.py
 
 format: setup ## Format the code and fix what can be fixed
 	$(BIN)/ruff check --fix .

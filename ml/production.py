@@ -254,7 +254,7 @@ def _measured_retrieval(recommender: Recommender, interactions: Interactions, se
         users = np.flatnonzero(np.diff(interactions.offsets))
         count = min(RETRIEVAL_MEASURED_USERS, len(users))
         users = np.random.default_rng(seed).choice(users, count, replace=False)
-        encoded = recommender.encode(users, [interactions.history(user) for user in users])
+        encoded = recommender.encode(users, [interactions.history(user) for user in users.tolist()])
         return asdict(retrieval.measured_retrieval(products.as_products(), encoded))
 
 
