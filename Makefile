@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 DATA ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-real-data check openapi format clean bench-import bench-loading bench-ranking bench-serving bench-quality bench-warm-start
+.PHONY: help setup demo test test-real-data check openapi format clean bench-diversity bench-import bench-loading bench-ranking bench-serving bench-quality bench-warm-start
 
 help: ## Show this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -36,6 +36,9 @@ check: setup ## Lint, types, import rules, dependencies
 
 bench-serving: setup ## Measure one worker on one core beside an empty endpoint (MINUTES=30 of mixed load)
 	PYTHONPATH=. $(BIN)/python benchmarks/serving.py $(if $(MINUTES),--minutes $(MINUTES))
+
+bench-diversity: setup ## Measure what diversity costs on MovieLens 100K in DATA
+	$(BIN)/python benchmarks/diversity.py --data $(DATA) --write docs/diversity.md
 
 bench-import: setup ## Measure importing 1,000,000 events into SQLite, and how long feedback waits meanwhile
 	$(BIN)/python benchmarks/import_speed.py

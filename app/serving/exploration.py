@@ -21,7 +21,7 @@ from app.serving.histories import History
 from app.serving.popularity import Popularity
 
 # So many items at most take part at a time; which ones changes with every turn.
-POOL_SIZE = 1_000
+POOL_SIZE = 200
 TURN_SECONDS = 10.0
 # An item all of whose user's history shares its category is this many times as likely to come as one of none.
 AFFINITY_FACTOR = 10.0
