@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 DATA ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-real-data check openapi format clean bench-diversity bench-import bench-loading bench-ranking bench-serving bench-quality bench-warm-start
+.PHONY: help setup demo test test-real-data check openapi format clean bench-diversity bench-import bench-loading bench-ranking bench-serving bench-quality bench-cold-users bench-warm-start
 
 help: ## Show this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -57,6 +57,9 @@ bench-warm-start: setup ## Measure a warm start on sequences in DATA beside a fu
 
 bench-ranking: setup ## Measure how fast the best of 1,000,000 items are found, beside plain ways to find them
 	OMP_NUM_THREADS=1 PYTHONPATH=. $(BIN)/python benchmarks/ranking.py
+
+bench-cold-users: setup ## Measure ranking for users unseen in training, beside popularity, on MovieLens 1M in DATA
+	PYTHONPATH=. $(BIN)/python benchmarks/cold_users.py $(if $(DATA),--data $(DATA))
 
 format: setup ## Format the code and fix what can be fixed
 	$(BIN)/ruff check --fix .
