@@ -30,6 +30,7 @@ from shortlist_client import (
     ProblemError,
     RecommendationOptions,
     RunTimeoutError,
+    SimilarOptions,
     UnauthorizedError,
     answers,
 )
@@ -160,6 +161,29 @@ def test_charts_are_for_everybody(catalogue: None, shortlist: Any) -> None:
     assert (trending.source, trending.items) == ("empty", ())
     assert trending.reason
     assert len(shortlist.latest(k=30, window_hours=2, categories_none=["odd"]).items) == 15
+
+
+def test_a_session_is_ranked_by_what_it_brings(catalogue: None, shortlist: Any) -> None:
+    found = shortlist.session_recommendations(["item-01", "item-02"], k=5, explain=True, categories_none=["odd"])
+    assert (found.source, found.model_version, len(found.items)) == ("folded_in", "v1", 5)
+    assert not {"item-02"} & {item.item_id for item in found.items}
+    assert {influence.item_id for item in found.items for influence in item.reason.because} <= {"item-01", "item-02"}
+    unknown = shortlist.session_recommendations(["nobody-knows"])
+    assert (unknown.source, unknown.model_version) == ("popular", None)
+    assert unknown.reason
+    with pytest.raises(ValueError, match="items must be a list"):
+        shortlist.session_recommendations("item-01")
+
+
+def test_similar_items_and_reasons(catalogue: None, shortlist: Any) -> None:
+    found = shortlist.similar("item-01", k=3, categories_all=["odd"])
+    assert (found.item_id, found.source, [item.rank for item in found.items]) == ("item-01", "model", [1, 2, 3])
+    assert "item-01" not in {item.item_id for item in found.items}
+    with pytest.raises(NotFoundError):
+        shortlist.similar("nobody-knows")
+    shortlist.feedback(Event("anna", "item-01", "click"))
+    (item,) = shortlist.recommendations("anna", k=1, explain=True).items
+    assert (item.reason.method, {one.item_id for one in item.reason.because} <= {"item-01"}) == ("leave_one_out", True)
 
 
 def test_events_carry_all_they_say(shortlist: Any, engine: Engine) -> None:
@@ -363,14 +387,18 @@ def test_answers_have_the_fields_of_the_service() -> None:
 
 
 def test_options_are_those_of_the_service() -> None:
-    operation = description()["paths"]["/users/{user_id}/recommendations"]["get"]
-    assert queried(operation) == get_type_hints(RecommendationOptions).keys() | {"cursor"}
-    for chart in ("popular", "trending", "latest"):
-        assert queried(description()["paths"][f"/{chart}"]["get"]) == get_type_hints(ChartOptions).keys()
+    described = description()
+    gets = {path: queried(methods["get"]) for path, methods in described["paths"].items() if "get" in methods}
+    options = get_type_hints(RecommendationOptions).keys()
+    assert gets["/users/{user_id}/recommendations"] == options | {"cursor"}
+    assert described["components"]["schemas"]["SessionRequest"]["properties"].keys() == options | {"items"}
+    assert gets["/items/{item_id}/similar"] == get_type_hints(SimilarOptions).keys()
+    for chart in ("/popular", "/trending", "/latest"):
+        assert gets[chart] == get_type_hints(ChartOptions).keys()
 
 
 def queried(operation: dict[str, Any]) -> set[str]:
-    return {parameter["name"] for parameter in operation["parameters"] if parameter["in"] == "query"}
+    return {parameter["name"] for parameter in operation.get("parameters", ()) if parameter["in"] == "query"}
 
 
 def test_everything_public_is_described() -> None:

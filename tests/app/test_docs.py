@@ -14,7 +14,7 @@ from sqlalchemy.engine import Engine
 
 from app.security import create_key
 from app.tables import events
-from shortlist_client import Client
+from shortlist_client import Client, Event
 
 ROOT = Path(__file__).parents[2]
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("clients/*/*.md")]
@@ -101,11 +101,11 @@ def page(
     films: None, address: str, engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Callable[[str], dict[str, Any]]]:
     """`page("log-a-click.md")` runs its code and gives the names that it made."""
-    key = create_key(engine, "shop", ["admin"]).key
-    monkeypatch.setenv("SHORTLIST_KEY", key)
     pages: list[Page] = []
 
     def run(path: str) -> dict[str, Any]:
+        key = create_key(engine, "shop", ["admin"]).key
+        monkeypatch.setenv("SHORTLIST_KEY", key)
         pages.append(Page(ROOT / path, address, key))
         pages[-1].run()
         return pages[-1].names
@@ -144,6 +144,32 @@ def test_log_a_click(page: Callable[[str], dict[str, Any]], engine: Engine) -> N
     assert stored(engine)[0].recommendation_id == "8128e386-bc20-4ef0-b725-f5213adba9a9"
     shown = {item.item_id for item in names["shortlist"].recommendations("anna", k=12).items}
     assert shown == FILMS.keys() - {"alien", "solaris", "stalker"}
+
+
+def test_a_visitor_without_an_account(page: Callable[[str], dict[str, Any]], address: str, engine: Engine) -> None:
+    with Client(address) as client:  # no key was made yet
+        client.feedback_many(Event("ben", item_id, "view") for item_id in ("alien", "heat"))
+        while len(client.popular(window_hours=1).items) < 2:  # counted within `model_poll_seconds`
+            continue
+    names = page("docs/tasks/visitor-without-account.md")
+    assert (names["for_you"].source, len(names["for_you"].items)) == ("folded_in", 6)
+    assert (names["beside"].source, len(names["beside"].items)) == ("model", 4)
+    assert not [item for item in names["new"].items if "horror" in FILMS[item.item_id]]
+    assert (names["before"].source, names["after"].source) == ("popular", "folded_in")
+    assert not {"alien", "solaris"} & {item.item_id for item in names["after"].items}
+    kept = [(row.user_id, row.item_id) for row in stored(engine) if row.user_id != "ben"]
+    assert kept == [("anna", "alien"), ("anna", "solaris")]
+
+
+def test_why_this_item(page: Callable[[str], dict[str, Any]], address: str, engine: Engine) -> None:
+    chosen = ["alien", "stalker", "heat", "clue"]
+    with Client(address) as client:  # no key was made yet
+        client.feedback_many(Event("anna", item_id, "view") for item_id in chosen)
+    names = page("docs/tasks/why-this-item.md")
+    assert len(names["lines"]) == 2
+    assert all(line.startswith("Because you chose") for line in names["lines"].values())
+    named = {one.item_id for item in names["shown"].items for one in item.reason.because}
+    assert named <= set(chosen)
 
 
 def test_the_readme_of_the_client(page: Callable[[str], dict[str, Any]], engine: Engine) -> None:

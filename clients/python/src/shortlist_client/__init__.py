@@ -4,17 +4,22 @@ from shortlist_client.answers import (
     Chart,
     ChartItem,
     EventResult,
+    Influence,
     Item,
     Model,
     ModelDetails,
+    Reason,
     Recommendations,
     RecommendedItem,
     Rollback,
     Run,
+    SessionRecommendations,
+    SimilarItem,
+    SimilarItems,
     User,
 )
 from shortlist_client.async_client import AsyncClient
-from shortlist_client.calls import ChartOptions, RecommendationOptions
+from shortlist_client.calls import ChartOptions, RecommendationOptions, SimilarOptions
 from shortlist_client.client import Client
 from shortlist_client.errors import (
     AnswerError,
@@ -50,6 +55,7 @@ __all__ = [
     "FieldError",
     "ForbiddenError",
     "GoneError",
+    "Influence",
     "InvalidError",
     "Item",
     "Model",
@@ -57,6 +63,7 @@ __all__ = [
     "NotFoundError",
     "OverloadedError",
     "ProblemError",
+    "Reason",
     "RecommendationOptions",
     "Recommendations",
     "RecommendedItem",
@@ -64,7 +71,11 @@ __all__ = [
     "Rollback",
     "Run",
     "RunTimeoutError",
+    "SessionRecommendations",
     "ShortlistError",
+    "SimilarItem",
+    "SimilarItems",
+    "SimilarOptions",
     "UnauthorizedError",
     "UnavailableError",
     "User",

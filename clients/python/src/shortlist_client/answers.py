@@ -18,13 +18,30 @@ class Page(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class Influence:
+    """An item of the history, and by how much the score is higher than without it."""
+
+    item_id: str
+    effect: float
+
+
+@dataclass(frozen=True, slots=True)
+class Reason:
+    """Why an item is there: how that was found, and what of the history raised its score, most first."""
+
+    method: Literal["leave_one_out", "fold_in", "popularity", "unseen", "exploration"]
+    because: tuple[Influence, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class RecommendedItem:
-    """One place in a list; `score` compares within one answer and nothing else."""
+    """One place in a list; `score` compares within one list and nothing else. `reason` comes where it was asked for."""
 
     item_id: str
     score: float | None
     rank: int
     exploration: bool
+    reason: Reason | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +56,39 @@ class Recommendations:
     data_through: datetime | None
     feedback_through: int | None
     next_cursor: str | None
+    reason: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SessionRecommendations:
+    """A ranked list for a visitor without an id; `reason` says why no version ranked, or why the list is empty."""
+
+    recommendation_id: str
+    items: tuple[RecommendedItem, ...]
+    source: Literal["folded_in", "popular", "empty"]
+    model_version: str | None
+    data_through: datetime | None
+    reason: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SimilarItem:
+    """One place among the similar; what `score` is depends on the `source` of the list."""
+
+    item_id: str
+    score: float
+    rank: int
+
+
+@dataclass(frozen=True, slots=True)
+class SimilarItems:
+    """What is like an item, the most alike first."""
+
+    item_id: str
+    recommendation_id: str
+    items: tuple[SimilarItem, ...]
+    source: Literal["model", "categories", "popular", "empty"]
+    model_version: str | None
     reason: str | None = None
 
 

@@ -21,9 +21,11 @@ from shortlist_client.answers import (
     Rollback,
     Run,
     RunState,
+    SessionRecommendations,
+    SimilarItems,
     User,
 )
-from shortlist_client.calls import Call, ChartOptions, RecommendationOptions
+from shortlist_client.calls import Call, ChartOptions, RecommendationOptions, SimilarOptions
 from shortlist_client.errors import RunTimeoutError
 from shortlist_client.events import Event
 from shortlist_client.retries import Retries, Tries
@@ -82,6 +84,16 @@ class AsyncClient:
         """
         async for page in self._pages(lambda cursor: calls.recommendations(user_id, options, cursor)):
             yield page
+
+    async def session_recommendations(
+        self, items: Iterable[str], **options: Unpack[RecommendationOptions]
+    ) -> SessionRecommendations:
+        """What to show to a visitor without an id who took these items, oldest first; the items are not kept."""
+        return await self._send(calls.session_recommendations(items, options))
+
+    async def similar(self, item_id: str, **options: Unpack[SimilarOptions]) -> SimilarItems:
+        """What is like an item; NotFoundError if there is no such item."""
+        return await self._send(calls.similar(item_id, options))
 
     async def popular(self, **options: Unpack[ChartOptions]) -> Chart:
         """What most people choose, or chose in the window."""

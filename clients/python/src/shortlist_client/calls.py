@@ -26,6 +26,8 @@ from shortlist_client.answers import (
     Run,
     Runs,
     RunState,
+    SessionRecommendations,
+    SimilarItems,
     User,
     Users,
 )
@@ -118,7 +120,7 @@ class RecommendationOptions(CategoryOptions, total=False):
 
     `k`: how many items at most. `exclude`: items to leave out, up to 10,000. `include_seen`: whether items come again
     that the user has interacted with. `diversity`: how much the items shall differ from one another, from 0 to 1.
-    `max_per_category`: how many items of any one category at most.
+    `max_per_category`: how many items of any one category at most. `explain`: whether each item comes with its reason.
     """
 
     k: int
@@ -126,6 +128,13 @@ class RecommendationOptions(CategoryOptions, total=False):
     include_seen: bool
     diversity: float
     max_per_category: int | None
+    explain: bool
+
+
+class SimilarOptions(CategoryOptions, total=False):
+    """What similar items may be asked for with: `k` at most."""
+
+    k: int
 
 
 class ChartOptions(CategoryOptions, total=False):
@@ -144,6 +153,16 @@ def recommendations(user_id: str, options: RecommendationOptions, cursor: str | 
     if sum(len(text) for value in asked.values() if isinstance(value, list) for text in value) > MAX_LISTS_IN_URL:
         return Call("POST", path, partial(read, Recommendations), content=_json(asked), headers=JSON)
     return Call("GET", _with(path, asked), partial(read, Recommendations))
+
+
+def session_recommendations(items: Iterable[str], options: RecommendationOptions) -> Call[SessionRecommendations]:
+    body = {"items": _list("items", items)} | _given(options)
+    path = "/sessions/recommendations"
+    return Call("POST", path, partial(read, SessionRecommendations), content=_json(body), headers=JSON)
+
+
+def similar(item_id: str, options: SimilarOptions) -> Call[SimilarItems]:
+    return Call("GET", _with(f"/items/{_part(item_id)}/similar", _given(options)), partial(read, SimilarItems))
 
 
 def chart(name: Literal["popular", "trending", "latest"], options: ChartOptions) -> Call[Chart]:

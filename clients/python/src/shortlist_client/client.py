@@ -20,9 +20,11 @@ from shortlist_client.answers import (
     Rollback,
     Run,
     RunState,
+    SessionRecommendations,
+    SimilarItems,
     User,
 )
-from shortlist_client.calls import Call, ChartOptions, RecommendationOptions
+from shortlist_client.calls import Call, ChartOptions, RecommendationOptions, SimilarOptions
 from shortlist_client.errors import RunTimeoutError
 from shortlist_client.events import Event
 from shortlist_client.retries import Retries, Tries
@@ -78,6 +80,16 @@ class Client:
         Raises GoneError where the version that ranked has left between two pages: begin again.
         """
         yield from self._pages(lambda cursor: calls.recommendations(user_id, options, cursor))
+
+    def session_recommendations(
+        self, items: Iterable[str], **options: Unpack[RecommendationOptions]
+    ) -> SessionRecommendations:
+        """What to show to a visitor without an id who took these items, oldest first; the items are not kept."""
+        return self._send(calls.session_recommendations(items, options))
+
+    def similar(self, item_id: str, **options: Unpack[SimilarOptions]) -> SimilarItems:
+        """What is like an item; NotFoundError if there is no such item."""
+        return self._send(calls.similar(item_id, options))
 
     def popular(self, **options: Unpack[ChartOptions]) -> Chart:
         """What most people choose, or chose in the window."""
