@@ -110,7 +110,8 @@ class Explorer:
             sums = np.cumsum(weights)
             if not sums[-1]:
                 break  # the caps leave nothing to draw
-            number = int(np.searchsorted(sums, chance.random() * sums[-1], side="right"))
+            point = min(chance.random() * sums[-1], np.nextafter(sums[-1], 0))  # rounding may bring it to the end
+            number = int(np.searchsorted(sums, point, side="right"))
             draws.append(Draw(place, pool[number], float(weights[number] / sums[-1])))
             cap.add(pool[number])
             weights[number] = 0
@@ -125,8 +126,6 @@ class Explorer:
                 unseen = version.candidates.unseen() if version is not None else []
                 if len(unseen) > POOL_SIZE // 2:
                     unseen = chance.sample(unseen, POOL_SIZE // 2)
-                rare = self._popularity.rarely_chosen(self._below)
-                if len(rare) > POOL_SIZE - len(unseen):
-                    rare = chance.sample(rare, POOL_SIZE - len(unseen))
+                rare = self._popularity.rarely_chosen(self._below, POOL_SIZE - len(unseen), chance)
                 self._pool, self._pool_key = list(dict.fromkeys([*unseen, *rare])), key
             return self._pool

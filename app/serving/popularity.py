@@ -1,6 +1,7 @@
 """How often each item was chosen by anyone: counted once at the start, then kept in step with the new events."""
 
 import heapq
+import random
 import threading
 from bisect import bisect_right
 from collections import Counter
@@ -56,11 +57,12 @@ class Popularity:
             if self._may_show(item_id, categories):
                 yield item_id, order.counts.get(item_id, 0)
 
-    def rarely_chosen(self, below: int) -> list[str]:
-        """Items with fewer interactions than `below`, the most chosen first; whether they may be shown is not asked."""
+    def rarely_chosen(self, below: int, count: int, chance: random.Random) -> list[str]:
+        """Draw up to `count` items with fewer interactions than `below`; whether they may be shown is not asked."""
         order = self._order
         first = bisect_right(order.item_ids, -below, key=lambda item_id: -order.counts.get(item_id, 0))
-        return order.item_ids[first:]
+        places = range(first, len(order.item_ids))
+        return [order.item_ids[place] for place in chance.sample(places, min(count, len(places)))]
 
     def _ordered(self, order: _Order, categories: CategoryFilter) -> Iterable[str]:
         """All that the filter may admit, and as little else as is easily had."""

@@ -114,9 +114,14 @@ class Publish:
 
     def put(self, item_id: str, categories: Sequence[str]) -> None:
         """Give an item these categories, as another process would."""
+        self.put_all([item_id], categories)
+
+    def put_all(self, item_ids: Sequence[str], categories: Sequence[str]) -> None:
+        """Give items these categories, all at once."""
         with writing(self.engine) as connection:
-            given = {"title": None, "categories": list(categories), "hidden": False, "metadata": {}}
-            catalog_rows.replace(connection, "item", item_id, given)
+            for item_id in item_ids:
+                given = {"title": None, "categories": list(categories), "hidden": False, "metadata": {}}
+                catalog_rows.replace(connection, "item", item_id, given)
 
     def hide(self, item_id: str) -> None:
         """Hide an item, as another process would."""

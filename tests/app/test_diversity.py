@@ -85,8 +85,7 @@ def test_caps_look_as_far_down_as_they_must(client: TestClient, publish: Any) ->
     # Only the last in the ranking are of another category: far beyond the first pool.
     recommender = publish("v1", items)
     ranked = recommender.items.ids(recommender.top_k([0], [[]], [[]], 500)[0][0])
-    for item_id in ranked[:450]:
-        publish.put(item_id, ["same"])
+    publish.put_all(ranked[:450], ["same"])
     client.app.state.service.poll()  # type: ignore[attr-defined]
     assert ask(client, k=10, max_per_category=2) == [*ranked[:2], *ranked[450:458]]
     assert ask(client, k=10, max_per_category=2, category="same") == ranked[:2]
