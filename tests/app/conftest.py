@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import httpx2
 import pytest
@@ -120,7 +121,7 @@ class Publish:
         """Give items these categories, all at once."""
         with writing(self.engine) as connection:
             for item_id in item_ids:
-                given = {"title": None, "categories": list(categories), "hidden": False, "metadata": {}}
+                given: dict[str, Any] = {"title": None, "categories": list(categories), "hidden": False, "metadata": {}}
                 catalog_rows.replace(connection, "item", item_id, given)
 
     def hide(self, item_id: str) -> None:
