@@ -34,6 +34,10 @@ PEERS = Path(__file__).with_name("quality_peers.jsonl")
 HIT_RATE, RECALL, NDCG = "hit_rate@10", "recall@10", "ndcg@10"
 
 
+# The share of a goal that a default recipe has to reach untuned, where a recipe of the data's own reaches the whole.
+UNTUNED = 0.9
+
+
 @dataclass(frozen=True)
 class Row:
     """One recipe on one data set, and what its two metrics must pass and reach for; a baseline has no goals."""
@@ -58,11 +62,12 @@ PROTOCOLS = {
 # In the order in which they are computed.
 ROWS = (
     Row("ml-100k", "neumf", (0.150, 0.076), (0.180, 0.090)),
-    Row("ml-100k", "neumf-recent", (0.150, 0.076), (0.180, 0.090)),
     Row("ml-100k", "caser", (0.215, 0.110), (0.250, 0.130)),
     Row("beauty-sequences", "caser", (0.062, 0.034), (0.100, 0.061)),
     Row("ml-1m-predefined", "neumf", (0.150, 0.295), (0.168, 0.326)),
-    Row("ml-1m-sequences", "caser", (0.320, 0.178), (0.360, 0.200)),
+    Row("ml-1m-predefined", "neumf-balanced", (0.150, 0.295), (0.168, 0.326)),
+    Row("ml-1m-sequences", "caser-large", (0.320, 0.178), (0.360, 0.200)),
+    Row("ml-1m-sequences", "caser", (UNTUNED * 0.320, UNTUNED * 0.178), (0.360, 0.200)),
     Row("ml-100k", "matrix_factorization"),
     Row("beauty-sequences", "matrix_factorization"),
     Row("ml-1m-predefined", "matrix_factorization"),

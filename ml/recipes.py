@@ -165,20 +165,32 @@ RECIPES: dict[str, Recipe] = {
         epochs=30,
     ),
     "popularity": Recipe(name="popularity", model="popularity", config=PopularityConfig(), epochs=1),
-    # For small data in time: smaller groups and steps, at three times the time an epoch.
-    "neumf-recent": Recipe(
-        name="neumf-recent",
+    # For data without an order.
+    "neumf-balanced": Recipe(
+        name="neumf-balanced",
         model="neumf",
-        config=NeuMFConfig(embedding_dropout=0.4),
+        config=NeuMFConfig(embedding_dropout=0.55),
         negatives=512,
         shared_negatives=True,
-        recency=1.0,
-        targets=8,
-        learning_rate=0.003,
+        user_balance=0.8,
+        targets=32,
+        learning_rate=0.007,
+        schedule="cosine",
+        batch_size=2000,
+        epochs=20,
+        patience=5,
+    ),
+    # For many interactions an item: wider vectors, more of which are dropped.
+    "caser-large": Recipe(
+        name="caser-large",
+        model="caser",
+        config=CaserConfig(factors=128, embedding_dropout=0.5, unknown_user_share=0.2),
+        negatives=512,
+        shared_negatives=True,
+        learning_rate=0.005,
         schedule="cosine",
         batch_size=1024,
-        epochs=16,
-        patience=5,
+        epochs=10,
     ),
     # As the seed texts set the two models up; hinge by overriding the loss.
     "neumf-seeds": Recipe(
