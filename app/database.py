@@ -14,6 +14,8 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 BUSY_TIMEOUT_SECONDS = 30
 BUSY_POLL_SECONDS = 0.001
+WRITER_CACHE_KIB = 65_536
+WRITER_CHECKPOINT_PAGES = 16_000
 CONNECT_TIMEOUT_SECONDS = 3
 POOL_TIMEOUT_SECONDS = 5
 # A network that swallows everything is noticed after about ten seconds; by itself TCP takes a quarter of an hour.
@@ -96,6 +98,49 @@ def writing(engine: Engine) -> Iterator[Connection]:
     """
     with engine.connect().execution_options(sqlite_begin="BEGIN IMMEDIATE") as connection, connection.begin():
         yield connection
+
+
+class KeptWriter:
+    """Write transactions one after another on one thread, as `writing` makes them.
+
+    On SQLite they share a connection with room for the pages that inserts touch, which are all over the indexes: what
+    does not fit is read, and even written, several times a transaction. It lets the log of writes grow longer before it
+    moves them into the database, as the same pages come again and again.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._connection: Connection | None = None
+
+    @contextmanager
+    def writing(self) -> Iterator[Connection]:
+        if self._engine.dialect.name != "sqlite":
+            with writing(self._engine) as connection:
+                yield connection
+            return
+        kept = self._connection or self._connect()
+        self._connection = None  # until this transaction has ended well
+        try:
+            with kept.begin():
+                yield kept
+        except BaseException:
+            kept.invalidate()
+            kept.close()
+            raise
+        self._connection = kept
+
+    def _connect(self) -> Connection:
+        connection = self._engine.connect().execution_options(sqlite_begin="BEGIN IMMEDIATE")
+        driver: Any = connection.connection.driver_connection
+        driver.execute(f"PRAGMA cache_size = -{WRITER_CACHE_KIB}")
+        driver.execute(f"PRAGMA wal_autocheckpoint = {WRITER_CHECKPOINT_PAGES}")
+        return connection
+
+    def close(self) -> None:
+        if self._connection is not None:
+            self._connection.invalidate()  # its large cache must not return to the pool
+            self._connection.close()
+            self._connection = None
 
 
 def is_outage(error: BaseException) -> bool:

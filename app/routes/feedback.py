@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictFloat, ValidationError, model_validator
-from pydantic_core import from_json
+from pydantic_core import from_json, to_json
 from starlette.concurrency import run_in_threadpool
 
 from app.errors import MEDIA_TYPE, FieldError, Problem, ProblemDocument, responses, unavailable
@@ -249,7 +249,8 @@ def _answer(outcomes: Sequence[Outcome]) -> Response:
     ]
     kinds = {outcome.outcome for outcome in outcomes}
     if kinds != {"rejected"}:
-        return JSONResponse({"results": results}, status_code=201 if "stored" in kinds else 200)
+        status = 201 if "stored" in kinds else 200
+        return Response(to_json({"results": results}), status_code=status, media_type="application/json")
     errors = []
     for index, outcome in enumerate(outcomes[:MAX_ERRORS_SHOWN]):
         field, separator, message = (outcome.reason or "").partition(": ")

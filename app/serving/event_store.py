@@ -1,9 +1,9 @@
 """Events into SQL within one transaction: each row stored, known already, or refused with its reason."""
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
@@ -17,10 +17,10 @@ Key = tuple[str, str]
 
 # SQLite takes 32,766 parameters a statement.
 CHUNK = 5_000
+MAX_KNOWN_IDS = 200_000
 
 
-@dataclass(frozen=True, slots=True)
-class NewEvent:
+class NewEvent(NamedTuple):
     """One event as it came in; times and ids that the caller left out are filled in, and marked as ours."""
 
     user_id: str
@@ -36,11 +36,10 @@ class NewEvent:
 
     @property
     def key(self) -> Key:
-        return self.user_id, self.event_id
+        return self[:2]
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
+class Outcome(NamedTuple):
     """What became of one event."""
 
     event_id: str | None  # None for a row that was rejected unread
@@ -48,15 +47,60 @@ class Outcome:
     reason: str | None = None
 
 
-def store_events(connection: Connection, batch: Sequence[NewEvent], unknown_items: UnknownItems) -> list[Outcome]:
-    """Insert events in the given order. One outcome for each; the caller commits."""
+class KnownSubjects:
+    """Users and items that are known to be in the catalogue, so that it is not asked for them again.
+
+    What a transaction found or made counts for later ones once `commit` is called. Only an erasure takes anything away.
+    """
+
+    def __init__(self) -> None:
+        self.users: set[str] = set()
+        self.items: set[str] = set()
+        self._new_users: set[str] = set()
+        self._new_items: set[str] = set()
+        self._last_erasure: int | None = None
+
+    def heed_erasures(self, connection: Connection) -> None:
+        """Forget all if anything was erased since the last call."""
+        last = connection.exec_driver_sql("SELECT max(sequence) FROM erasures").scalar()
+        if last != self._last_erasure:
+            self.users.clear()
+            self.items.clear()
+            self.roll_back()
+            self._last_erasure = last
+
+    def add(self, user_ids: set[str], item_ids: set[str]) -> None:
+        self._new_users |= user_ids
+        self._new_items |= item_ids
+
+    def commit(self) -> None:
+        for known, new in ((self.users, self._new_users), (self.items, self._new_items)):
+            if len(known) + len(new) > MAX_KNOWN_IDS:
+                known.clear()
+            known |= new
+        self.roll_back()
+
+    def roll_back(self) -> None:
+        self._new_users, self._new_items = set(), set()
+
+
+def store_events(
+    connection: Connection,
+    batch: Sequence[NewEvent],
+    unknown_items: UnknownItems,
+    known: KnownSubjects | None = None,
+) -> list[Outcome]:
+    """Insert events in the given order. One outcome for each; the caller commits, and then `known` as well."""
+    known = known or KnownSubjects()
     received_at = datetime.now(UTC)
     outcomes: dict[int, Outcome] = {}
     if unknown_items == "reject":
         wanted = {str(event.item_id) for event in batch if event.type != RETRACT}
-        known = _known_items(connection, wanted)
+        known.heed_erasures(connection)
+        found = wanted & known.items
+        found |= _known(connection, items.c.item_id, wanted - found)
         for index, event in enumerate(batch):
-            if event.type != RETRACT and event.item_id not in known:
+            if event.type != RETRACT and event.item_id not in found:
                 reason = f"item_id: {event.item_id!r} is not in the catalogue"
                 outcomes[index] = Outcome(event.event_id, "rejected", reason)
     waiting = [index for index in range(len(batch)) if index not in outcomes]
@@ -67,12 +111,12 @@ def store_events(connection: Connection, batch: Sequence[NewEvent], unknown_item
         turn = {index: batch[index] for index in first.values()}
         ordinary = {index: event for index, event in turn.items() if event.type != RETRACT}
         retracts = {index: event for index, event in turn.items() if event.type == RETRACT}
-        outcomes |= _insert(connection, ordinary, received_at, unknown_items)
+        outcomes |= _insert(connection, ordinary, received_at, unknown_items, known)
         # After the others: a retract may stand in one list with the event that it takes back.
         if retracts:
             refused, resolved = _resolve(connection, retracts)
             outcomes |= refused
-            outcomes |= _insert(connection, resolved, received_at, unknown_items)
+            outcomes |= _insert(connection, resolved, received_at, unknown_items, known)
         if later:
             # What repeats an event that is stored by now needs no turn of its own, and neither do retracts of nothing:
             # a thousand of one id must not hold the database for a thousand turns.
@@ -85,36 +129,101 @@ def store_events(connection: Connection, batch: Sequence[NewEvent], unknown_item
 
 
 def _insert(
-    connection: Connection, turn: Mapping[int, NewEvent], received_at: datetime, unknown_items: UnknownItems
+    connection: Connection,
+    turn: Mapping[int, NewEvent],
+    received_at: datetime,
+    unknown_items: UnknownItems,
+    known: KnownSubjects,
 ) -> dict[int, Outcome]:
     """Insert events with ids that differ from one another; those that are in the table already are compared."""
     if not turn:
         return {}
-    rows = [
-        {
-            "user_id": event.user_id,
-            "event_id": event.event_id,
-            "item_id": event.item_id,
-            "type": event.type,
-            "value": event.value,
-            "occurred_at": event.occurred_at,
-            "received_at": received_at,
-            "recommendation_id": event.recommendation_id,
-            "context": event.context,
-            "retracts": event.retracts,
-        }
-        for event in turn.values()
-    ]
-    statement = _insert_or_leave(connection, events, "user_id", "event_id")
-    returned = connection.execute(statement.returning(events.c.user_id, events.c.event_id), rows)
-    inserted = {(user_id, event_id) for user_id, event_id in returned}
-    stored = {index: event for index, event in turn.items() if event.key in inserted}
+    insert = insert_on_sqlite if connection.dialect.name == "sqlite" else insert_on_postgresql
+    inserted = insert(connection, list(turn.values()), received_at)
+    stored = turn if inserted is None else {index: event for index, event in turn.items() if event.key in inserted}
     if stored:
-        _create_subjects(connection, stored.values(), received_at, hidden=unknown_items == "hold")
+        _create_subjects(connection, stored.values(), received_at, known, hidden=unknown_items == "hold")
     outcomes = {index: Outcome(event.event_id, "stored") for index, event in stored.items()}
     if len(stored) < len(turn):
         outcomes |= _judge_repeats(connection, {i: event for i, event in turn.items() if i not in stored})
     return outcomes
+
+
+_COLUMNS = "user_id, event_id, item_id, type, value, occurred_at, received_at, recommendation_id, context, retracts"
+_INSERT_SQLITE = (
+    f"INSERT INTO events ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"  # noqa: S608
+    " ON CONFLICT (user_id, event_id) DO NOTHING"
+)
+# One text for any number of rows, which the server prepares once.
+_INSERT_POSTGRESQL = f"""
+    INSERT INTO events ({_COLUMNS})
+    SELECT user_id, event_id, item_id, type, value, occurred_at, %s, recommendation_id, context::json, retracts
+    FROM unnest(%s::text[], %s::text[], %s::text[], %s::text[], %s::float8[], %s::timestamptz[], %s::text[], %s::text[],
+        %s::text[]) AS new (user_id, event_id, item_id, type, value, occurred_at, recommendation_id, context, retracts)
+    ON CONFLICT (user_id, event_id) DO NOTHING
+    RETURNING user_id, event_id
+"""  # noqa: S608
+
+
+def insert_on_sqlite(connection: Connection, new: Sequence[NewEvent], received_at: datetime) -> set[Key] | None:
+    """Insert events; the keys of those that were not there before, or None if none was."""
+    before = connection.exec_driver_sql("SELECT max(position) FROM events").scalar() or 0
+    received = _sqlite_time(received_at)
+    rows = [
+        (
+            event.user_id,
+            event.event_id,
+            event.item_id,
+            event.type,
+            event.value,
+            _sqlite_time(event.occurred_at),
+            received,
+            event.recommendation_id,
+            _json(event.context),
+            event.retracts,
+        )
+        for event in new
+    ]
+    if connection.exec_driver_sql(_INSERT_SQLITE, rows).rowcount == len(rows):
+        return None
+    inserted = connection.exec_driver_sql("SELECT user_id, event_id FROM events WHERE position > ?", (before,))
+    return {(user_id, event_id) for user_id, event_id in inserted}
+
+
+def insert_on_postgresql(connection: Connection, new: Sequence[NewEvent], received_at: datetime) -> set[Key] | None:
+    """Insert events; the keys of those that were not there before, or None if none was."""
+    arrays = (
+        _array([event.user_id for event in new]),
+        _array([event.event_id for event in new]),
+        _array([event.item_id for event in new]),
+        _array([event.type for event in new]),
+        _array([None if event.value is None else repr(event.value) for event in new]),
+        _array([event.occurred_at.isoformat() for event in new]),
+        _array([event.recommendation_id for event in new]),
+        _array([_json(event.context) for event in new]),
+        _array([event.retracts for event in new]),
+    )
+    inserted = connection.exec_driver_sql(_INSERT_POSTGRESQL, (received_at, *arrays))
+    if inserted.rowcount == len(new):
+        return None
+    return {(user_id, event_id) for user_id, event_id in inserted}
+
+
+def _array(values: Sequence[str | None]) -> str:
+    """An array as PostgreSQL reads it."""
+    quoted = [
+        "NULL" if value is None else '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"' for value in values
+    ]
+    return "{" + ",".join(quoted) + "}"
+
+
+def _sqlite_time(time: datetime) -> str:
+    """A time as `UtcDateTime` keeps it."""
+    return time.astimezone(UTC).replace(tzinfo=None).isoformat(" ", "microseconds")
+
+
+def _json(value: dict[str, Any] | None) -> str | None:
+    return None if value is None else json.dumps(value)
 
 
 def _insert_or_leave(connection: Connection, table: sa.Table, *key: str) -> "sqlite.Insert | postgresql.Insert":
@@ -122,7 +231,9 @@ def _insert_or_leave(connection: Connection, table: sa.Table, *key: str) -> "sql
     return insert(table).on_conflict_do_nothing(index_elements=list(key))
 
 
-def _create_subjects(connection: Connection, stored: Iterable[NewEvent], now: datetime, *, hidden: bool) -> None:
+def _create_subjects(
+    connection: Connection, stored: Iterable[NewEvent], now: datetime, known: KnownSubjects, *, hidden: bool
+) -> None:
     """Create the users and items that are new. In order of their ids, so that two processes cannot block each other."""
     user_ids: set[str] = set()
     item_ids: set[str] = set()
@@ -130,8 +241,12 @@ def _create_subjects(connection: Connection, stored: Iterable[NewEvent], now: da
         user_ids.add(event.user_id)
         if event.type != RETRACT and event.item_id is not None:
             item_ids.add(event.item_id)
+    # From here on an erasure waits for these events; one that came before may have taken users or items of theirs.
+    known.heed_erasures(connection)
+    user_ids -= known.users
+    item_ids -= known.items
     new_users = sorted(user_ids - _known(connection, users.c.user_id, user_ids))
-    new_items = sorted(item_ids - _known_items(connection, item_ids))
+    new_items = sorted(item_ids - _known(connection, items.c.item_id, item_ids))
     times = {"created_at": now, "updated_at": now, "metadata": {}}
     if new_users:
         connection.execute(
@@ -142,10 +257,7 @@ def _create_subjects(connection: Connection, stored: Iterable[NewEvent], now: da
             _insert_or_leave(connection, items, "item_id"),
             [{"item_id": item_id, "categories": [], "hidden": hidden, **times} for item_id in new_items],
         )
-
-
-def _known_items(connection: Connection, item_ids: set[str]) -> set[str]:
-    return _known(connection, items.c.item_id, item_ids)
+    known.add(user_ids, item_ids)
 
 
 def _known(connection: Connection, column: "sa.ColumnElement[str]", ids: set[str]) -> set[str]:
@@ -225,5 +337,5 @@ def _resolve(
         if reason is not None or target is None:
             refused[index] = Outcome(event.event_id, "rejected", reason)
         else:
-            resolved[index] = replace(event, item_id=target.item_id)
+            resolved[index] = event._replace(item_id=target.item_id)
     return refused, resolved

@@ -11,8 +11,8 @@ import structlog
 from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.exc import DBAPIError
 
-from app.database import is_outage, writing
-from app.serving.event_store import NewEvent, Outcome, store_events
+from app.database import KeptWriter, is_outage
+from app.serving.event_store import KnownSubjects, NewEvent, Outcome, store_events
 
 log = structlog.get_logger(__name__)
 
@@ -49,12 +49,13 @@ class FeedbackWriter:
         unknown_items: Literal["create", "hold", "reject"],
         on_commit: Callable[[int], None] = lambda rows: None,  # noqa: ARG005
     ) -> None:
-        self._engine = engine
+        self._writer = KeptWriter(engine)
         self._max_waiting = max_waiting
         self._max_rows = max_waiting * MAX_ROWS_A_REQUEST_WAITING
         self._unknown_items = unknown_items
         self._on_commit = on_commit
         self._waiting: deque[_Request] = deque()
+        self._known = KnownSubjects()
         self._rows = 0
         self._stopping = False
         self._changed = threading.Condition()
@@ -107,6 +108,7 @@ class FeedbackWriter:
     def _run(self) -> None:
         while requests := self._take():
             self._answer(requests)
+        self._writer.close()
 
     def _answer(self, requests: list[_Request]) -> None:
         try:
@@ -131,15 +133,18 @@ class FeedbackWriter:
         events = [event for request in requests for event in request.events]
         for attempt in range(1, MAX_ATTEMPTS + 1):
             try:
-                with writing(self._engine) as connection:
-                    return self._store(connection, events)
+                with self._writer.writing() as connection:
+                    outcomes = self._store(connection, events)
+                self._known.commit()
+                return outcomes
             except DBAPIError as error:
+                self._known.roll_back()
                 if attempt == MAX_ATTEMPTS or not _is_deadlock(error):
                     raise
         raise AssertionError("the last attempt returns or raises")
 
     def _store(self, connection: Connection, events: Sequence[NewEvent]) -> list[Outcome]:
-        return store_events(connection, events, self._unknown_items)
+        return store_events(connection, events, self._unknown_items, self._known)
 
 
 def _is_deadlock(error: DBAPIError) -> bool:
