@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from ml.models import InnerProducts
-from ml.screening import GROUP, Bounds, Indices
+from ml.screening import GROUP, Bounds, Floats, Indices
 
 # Narrower tables take longer, for they miss the processor's wide instructions.
 NARROWEST = 64
 _LEVELS = 127
 _ROUNDING = 2.0**-23
 _ROWS = 512 * GROUP
+# Rows whose products for several users stay in a core's cache.
+_SHARED_ROWS = 64 * GROUP
+
+Wholes = npt.NDArray[np.int32]
 
 
 class InnerProductScreen:
@@ -60,6 +66,39 @@ class InnerProductScreen:
         self._norms[own] = rows.norm(dim=2).amax(1).numpy()
 
     def __call__(self, encoded: Tensor) -> ScreenedProducts | None:
+        user = self._rounded(encoded)
+        if user is None:
+            return None
+        products, highest = self._buffers()
+        torch._int_mm(self._table, torch.from_numpy(user.numbers), out=products)
+        torch.amax(products.view(-1, GROUP), 1, out=highest)
+        whole = products.numpy().reshape(-1, GROUP)
+        return self._screened(user, highest.numpy(), lambda groups: whole[groups])
+
+    def together(self, encoded: Sequence[Tensor]) -> list[ScreenedProducts | None]:
+        """The same for several users, in one pass over the table; products are taken again where they are asked for."""
+        users = [self._rounded(one) for one in encoded]
+        numbers = np.zeros((len(users), self._table.shape[1]), np.int8)
+        for row, user in enumerate(users):
+            numbers[row] = 0 if user is None else user.numbers[:, 0]
+        rows, parts = torch.from_numpy(numbers), []
+        for first in range(0, len(self._table), _SHARED_ROWS):
+            products = torch._int_mm(rows, self._table[first : first + _SHARED_ROWS].T)
+            parts.append(products.view(len(users), -1, GROUP).amax(2))
+        highest = torch.cat(parts, 1).numpy()
+        table = self._table.view(-1, GROUP, self._table.shape[1])
+
+        def products_of(user: _Rounded) -> Callable[[Indices], Wholes]:
+            column = torch.from_numpy(user.numbers)
+            return lambda groups: torch._int_mm(table[groups].flatten(0, 1), column).view(-1, GROUP).numpy()
+
+        return [
+            None if user is None else self._screened(user, own, products_of(user))
+            for user, own in zip(users, highest, strict=True)
+        ]
+
+    def _rounded(self, encoded: Tensor) -> _Rounded | None:
+        """One encoded user, (1, d), in 8 bits; None if it is not made of numbers."""
         query, offset = self._products.query(encoded[0])
         exact = query.numpy().astype(np.float64)
         length = float(np.linalg.norm(exact))
@@ -67,11 +106,9 @@ class InnerProductScreen:
             return None
         scale = max(float(np.abs(exact).max()) / _LEVELS, 1e-30)
         rounded = np.rint(exact / scale)
-        column = np.zeros((self._table.shape[1], 1), np.int8)
-        column[: self._width, 0] = rounded
-        products, highest = self._buffers()
-        torch._int_mm(self._table, torch.from_numpy(column), out=products)
-        torch.amax(products.view(-1, GROUP), 1, out=highest)
+        # Made as a column: the product takes a row seen as one for something else.
+        numbers = np.zeros((self._table.shape[1], 1), np.int8)
+        numbers[: self._width, 0] = rounded
         kept = rounded * scale
         # The first two terms are what rounding to 8 bits took; the last is what arithmetic in float32 may be off.
         bounds = (
@@ -79,13 +116,18 @@ class InnerProductScreen:
             + float(np.linalg.norm(kept)) * self._errors
             + _ROUNDING * (self._width + 8) * (2 * length * self._norms + self._largest_bias + abs(offset))
         )
-        scales = self._scales * scale
+        return _Rounded(numbers, scale, bounds + offset)
+
+    def _screened(
+        self, user: _Rounded, highest: npt.NDArray[np.int32], products: Callable[[Indices], Wholes]
+    ) -> ScreenedProducts:
+        scales = self._scales * user.scale
         return ScreenedProducts(
-            highest=highest.numpy() * scales + self._highest_bias + (bounds + offset),
-            products=products.numpy().reshape(-1, GROUP),
+            highest=highest * scales + self._highest_bias + user.bounds,
+            products=products,
             scales=scales[:, None],
             biases=self._biases,
-            bounds=(bounds + offset)[:, None],
+            bounds=user.bounds[:, None],
             numbers=self._items,
         )
 
@@ -99,18 +141,27 @@ class InnerProductScreen:
 
 
 @dataclass(frozen=True)
+class _Rounded:
+    """One user in 8 bits: whole numbers, their scale, and how far the scores of each group may be off."""
+
+    numbers: npt.NDArray[np.int8]
+    scale: float
+    bounds: Bounds
+
+
+@dataclass(frozen=True)
 class ScreenedProducts:
     """One user's rounded products, (groups, GROUP), valid until the thread's next call of the screen."""
 
     highest: Bounds
-    products: np.ndarray[tuple[int, int], np.dtype[np.int32]]
+    products: Callable[[Indices], Wholes]
     scales: Bounds
-    biases: np.ndarray[tuple[int, int], np.dtype[np.float32]]
+    biases: Floats
     bounds: Bounds
-    numbers: np.ndarray[tuple[int, int], np.dtype[np.int32]]
+    numbers: Wholes
 
     def scores(self, groups: Indices) -> Bounds:
-        return self.products[groups] * self.scales[groups] + self.biases[groups] + self.bounds[groups]
+        return self.products(groups) * self.scales[groups] + self.biases[groups] + self.bounds[groups]
 
     def items(self, groups: Indices) -> Indices:
         return self.numbers[groups].astype(np.int64)

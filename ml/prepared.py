@@ -8,11 +8,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from ml.gathering import Gathering
 from ml.inner_product_screen import InnerProductScreen
 from ml.models import InnerProducts, NeuMF, RankingModel, SingleEncoder
 from ml.neumf_screen import NeuMFScreen
 from ml.retrieval import Retrieval, candidate_count
-from ml.screening import SPARE, Floats, Indices, Screen, best_of, screened_top, whole_products_are_exact
+from ml.screening import SPARE, Floats, Indices, Screened, best_of, screened_top, whole_products_are_exact
 
 # Catalogues from which on a screen finds the best items sooner than scores of all do; see docs/performance.md.
 PRODUCTS_SCREENED_FROM = 50_000
@@ -21,6 +22,11 @@ NEUMF_SCREENED_FROM = 20_000
 FEW_ALLOWED = 1 / 64
 # Where filters leave less than this share, an index would have to give too many candidates.
 MOST_FILTERED = 0.25
+
+# A pass over the table for several users takes less time than one for each from the fewest on, and a third for 16; of
+# NeuMF, whose time goes into arithmetic and not into reading, a pass for several would take as long as one for each.
+FEWEST_TOGETHER = 4
+MOST_TOGETHER = 32
 
 # How a ranking found its items.
 Way = Literal["scored", "screened", "retrieved", "starved"]
@@ -48,7 +54,7 @@ class Prepared:
     ) -> None:
         self._model = model
         self._on_ranked = on_ranked
-        self._screen: Screen | None = None
+        self._screen: Callable[[Tensor], Screened | None] | None = None
         self._retrieval: Retrieval | None = None
         self._products: InnerProducts | None = None
         with torch.inference_mode():
@@ -57,7 +63,8 @@ class Prepared:
             if products is not None:
                 products = self._products = products.as_products()
                 if model.num_items >= (screened_from or PRODUCTS_SCREENED_FROM) and whole_products_are_exact():
-                    self._screen = InnerProductScreen(products)
+                    screen = InnerProductScreen(products)
+                    self._screen = Gathering(screen, screen.together, fewest=FEWEST_TOGETHER, most=MOST_TOGETHER)
                 if probes is not None:
                     self._retrieval = Retrieval(products, probes)
             elif isinstance(model, NeuMF):

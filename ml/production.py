@@ -255,7 +255,7 @@ def _measured_retrieval(recommender: Recommender, interactions: Interactions, se
         count = min(RETRIEVAL_MEASURED_USERS, len(users))
         users = np.random.default_rng(seed).choice(users, count, replace=False)
         encoded = recommender.encode(users, [interactions.history(user) for user in users.tolist()])
-        return asdict(retrieval.measured_retrieval(products.as_products(), encoded))
+        return asdict(retrieval.measured_retrieval(retrieval.Retrieval(products.as_products()), encoded))
 
 
 def _fit_and_evaluate(

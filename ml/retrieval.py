@@ -52,12 +52,12 @@ class Retrieval:
     Source: Bachrach et al. 2014, the Euclidean transformation.
     """
 
-    def __init__(self, products: InnerProducts, probes: int) -> None:
+    def __init__(self, products: InnerProducts, probes: int = FEWEST_PROBES) -> None:
         import faiss
 
         vectors = products.vectors
         count, width = vectors.shape
-        self._products = products
+        self.products = products
         self._longest = 0.0 if products.is_distance else self._longest_square(products)
         width = width if products.is_distance else width + 2
         self.lists = 2 ** max(3, round(math.log2(1.5 * math.sqrt(count))))
@@ -86,18 +86,18 @@ class Retrieval:
     def candidates(self, encoded: Tensor, count: int) -> Indices:
         """The items near one encoded user, (1, width): at most `count`, those that seem best first."""
         query = encoded.numpy()
-        if not self._products.is_distance:
+        if not self.products.is_distance:
             query = np.concatenate((query, np.array([[1, 0]], np.float32)), 1)
         found: Indices = self._index.search(np.ascontiguousarray(query), count)[1][0]
         return found[found >= 0]
 
     def _rows(self, items: Indices) -> npt.NDArray[np.float32]:
-        vectors: npt.NDArray[np.float32] = self._products.vectors[items].float().cpu().numpy()
-        if self._products.is_distance:
+        vectors: npt.NDArray[np.float32] = self.products.vectors[items].float().cpu().numpy()
+        if self.products.is_distance:
             return vectors
         biases = np.zeros(len(items), np.float32)
-        if self._products.biases is not None:
-            biases = self._products.biases[items].float().cpu().numpy()
+        if self.products.biases is not None:
+            biases = self.products.biases[items].float().cpu().numpy()
         squares = np.square(vectors, dtype=np.float64).sum(1) + np.square(biases, dtype=np.float64)
         missing = np.sqrt(np.maximum(self._longest - squares, 0))
         return np.column_stack((vectors, biases, missing)).astype(np.float32)
@@ -123,13 +123,13 @@ class RetrievalMeasured:
     lists: int
 
 
-def measured_retrieval(products: InnerProducts, encoded: Tensor) -> RetrievalMeasured:
+def measured_retrieval(retrieval: Retrieval, encoded: Tensor) -> RetrievalMeasured:
     """Measure how many lists must be looked into, and the share of the exact first 100 of each user that is found then.
 
-    `encoded` (users, width) are users as the service will meet them.
+    `encoded` (users, width) are users as the service will meet them. Leaves the index looking into as many.
     """
-    exact = _exact(products, encoded)
-    retrieval = Retrieval(products, FEWEST_PROBES)
+    exact = _exact(retrieval.products, encoded)
+    retrieval.probes = FEWEST_PROBES
     users, recall = encoded.cpu(), 0.0
     while True:
         found = [retrieval.candidates(users[row : row + 1], candidate_count(DEPTH)) for row in range(len(users))]

@@ -49,15 +49,8 @@ class Screened(Protocol):
         """The items of some groups, (groups, GROUP); negative where there is none."""
 
 
-class Screen(Protocol):
-    """Bounds the scores of all items for a user."""
-
-    def __call__(self, encoded: Tensor) -> Screened | None:
-        """Score one encoded user, (1, width); None if these scores cannot be bounded."""
-
-
 def screened_top(
-    screen: Screen,
+    screen: Callable[[Tensor], Screened | None],
     encoded: Tensor,
     rescore: Callable[[Indices], Floats],
     may_show: Callable[[Indices], npt.NDArray[np.bool_]],
@@ -66,6 +59,7 @@ def screened_top(
 ) -> tuple[Indices, Floats] | None:
     """Find the k best items of one user, best first, the lower index first where scores tie, and their exact scores.
 
+    `screen` bounds the scores of all items for one encoded user, (1, width), or gives None if they cannot be bounded.
     `rescore` scores items exactly and `may_show` says which may be shown; `pool` items are expected to hold k of those.
     None if they do not, or if so many items may belong that scoring everything is faster.
     """

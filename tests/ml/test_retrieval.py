@@ -9,7 +9,7 @@ import torch
 from ml.ids import IdMap
 from ml.models import build_model
 from ml.recommender import Recommender
-from ml.retrieval import measured_retrieval, probes_worth
+from ml.retrieval import Retrieval, measured_retrieval, probes_worth
 
 ITEMS, USERS = 20_000, 40
 
@@ -38,7 +38,7 @@ def test_retrieval_finds_the_exact_list_and_says_how_much_of_it(config: dict[str
     assert products is not None
     encoded = recommender.encode(range(USERS), [[]] * USERS)
     with torch.inference_mode():
-        measured = measured_retrieval(products.as_products(), encoded)
+        measured = measured_retrieval(Retrieval(products.as_products()), encoded)
     assert measured.users == USERS
     assert measured.recall >= 0.99
     excluded = [list(range(user, user + 300)) for user in range(USERS)]
@@ -88,6 +88,6 @@ def test_an_index_that_falls_short_is_not_used() -> None:
             weight.normal_()
         products = model.inner_products()
         assert products is not None
-        measured = measured_retrieval(products, model.encode(torch.arange(20), torch.empty(20, 0)))
+        measured = measured_retrieval(Retrieval(products), model.encode(torch.arange(20), torch.empty(20, 0)))
     assert measured.recall < 0.9
     assert probes_worth({"recall": measured.recall, "probes": measured.probes}) is None

@@ -75,6 +75,27 @@ def test_the_list_of_a_large_catalogue_is_the_exact_one(name: str, users: int) -
     assert all(len(set(row)) == k for row in found.tolist())
 
 
+@pytest.mark.parametrize("name", ["caser", "distances"])
+def test_users_that_share_a_pass_get_the_bounds_they_get_alone(name: str) -> None:
+    model = drawn(name, 5, 70 * GROUP + 3)
+    with torch.inference_mode():
+        products = model.inner_products()
+        assert products is not None
+        screen = InnerProductScreen(products.as_products())
+        encoded = model.encode(torch.arange(5), torch.full((5, model.window_length), 3)).clone()
+        encoded[3] = float("inf")
+        shared = screen.together(list(encoded.split(1)))
+        assert shared[3] is None
+        groups = np.array([0, 5, 70])
+        for row in (0, 1, 2, 4):
+            alone, own = screen(encoded[row : row + 1]), shared[row]
+            assert alone is not None
+            assert own is not None
+            assert np.array_equal(own.highest, alone.highest)
+            assert np.array_equal(own.scores(groups), alone.scores(groups))
+            assert np.array_equal(own.items(groups), alone.items(groups))
+
+
 def exact_scores(model: RankingModel, encoded: Tensor) -> np.ndarray:
     with torch.inference_mode():
         precise = copy.deepcopy(model).double().eval()
