@@ -12,6 +12,8 @@ PRIOR_STRENGTH = 3.0
 CENTRE_STRENGTH = 0.03
 # An event that n of the user's are newer than weighs (1 + n) ** -RECENCY.
 RECENCY = 0.8
+# How far the events since the training move a user who has a row, in steps of what they say of a stranger.
+NEWS_WEIGHT = 2.0
 # The directions in which users differ that are fitted; in all others a stranger is like everybody.
 DIRECTIONS = 32
 # Only the latest events count, which bounds the time of a fit however long a history is.
@@ -61,6 +63,11 @@ class FoldIn:
         """Fit strangers to their latest items (batch, length), padded in front with `num_items`: (batch, width)."""
         with torch.no_grad():
             return torch.cat([self._fit(part) for part in torch.split(windows, CHUNK)])
+
+    def moved(self, encoded: Tensor, windows: Tensor) -> Tensor:
+        """Move users that were trained on (batch, width) by their latest items since then (batch, length), as above."""
+        nothing = windows.new_full((1, 1), self._model.num_items)
+        return encoded + NEWS_WEIGHT * (self.encode(windows) - self.encode(nothing))
 
     def _crowd(self) -> Tensor:
         """What the model knows of its users, or of as many as are needed, spread evenly: (users, width)."""

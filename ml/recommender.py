@@ -154,13 +154,27 @@ class Recommender:
         """Whether a user the model was not trained on can be ranked for from the history alone."""
         return bool(self.model.folds_in)
 
-    def encode(self, user_index: AnyIndices, histories: Sequence[AnyIndices]) -> Tensor:
+    def encode(
+        self, user_index: AnyIndices, histories: Sequence[AnyIndices], fresh: Sequence[int] | None = None
+    ) -> Tensor:
         """Compute what the model knows of each user, (batch, width), for `top` and `score_items`.
 
         `histories` are item indices, oldest first; negative ones (items the model does not know) are passed over.
-        `user_index` -1 is a user unknown to the model; ValueError unless the model folds in.
+        `user_index` -1 is a user unknown to the model; ValueError unless the model folds in. `fresh` counts the latest
+        items of each history that came after the training: they move users of a model that looks at no window.
         """
-        return self._encode(user_index, windows_from_histories(histories, self.window_length, self.num_items))
+        encoded = self._encode(user_index, windows_from_histories(histories, self.window_length, self.num_items))
+        if fresh is None or not self.model.fits_strangers:
+            return encoded
+        moved = [row for row, count in enumerate(fresh) if count > 0 and user_index[row] >= 0]
+        if not moved:
+            return encoded
+        news = [np.asarray(histories[row], np.int64)[-fresh[row] :] for row in moved]
+        windows = torch.from_numpy(windows_from_histories(news, self.window_length, self.num_items)).to(self.device)
+        with torch.inference_mode():
+            encoded = encoded.clone()
+            encoded[moved] = self._folding_in().moved(encoded[moved], windows)
+            return encoded
 
     def top(
         self,

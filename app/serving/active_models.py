@@ -5,6 +5,8 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from functools import cached_property
 
 import numpy as np
 import sqlalchemy as sa
@@ -25,6 +27,7 @@ log = structlog.get_logger(__name__)
 
 # A version that failed to load may have been hidden by an outage of the store: it is tried again this often.
 RETRY_SECONDS = 30.0
+EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 FIRST_RANKINGS = 4
 FIRST_K = 100
 REMEMBERED_USERS = 20_000
@@ -48,6 +51,13 @@ class Active:
     @property
     def data_through(self) -> str | None:
         return self.manifest.trained_through
+
+    @cached_property
+    def microseconds_through(self) -> int | None:
+        """The same in microseconds since 1970, as histories count."""
+        if self.data_through is None:
+            return None
+        return (datetime.fromisoformat(self.data_through) - EPOCH) // timedelta(microseconds=1)
 
 
 @dataclass(frozen=True)

@@ -103,7 +103,10 @@ class RankedLists:
             returning = returning[mask[returning]]
         if count + len(returning) == 0 and page is None:
             return None
-        encoded = recommender.encode([user_index], [seen])
+        fresh = 0
+        if user_index >= 0 and recommender.model.fits_strangers:
+            fresh = len(_since_training(active, history) if page is None else page.history)
+        encoded = recommender.encode([user_index], [seen], [fresh])
         if query.is_diverse or len(returning):
             indices, scores = self._chosen(active, encoded, left_out, returning, query, count, mask)
             count += len(returning)
@@ -124,7 +127,7 @@ class RankedLists:
             candidate_count=count,
             active=active,
             encoded=encoded,
-            history=_pinned(seen, recommender, user_index),
+            history=_pinned(seen, recommender, user_index, fresh),
             indices=indices,
         )
 
@@ -283,8 +286,18 @@ class RankedLists:
         return test
 
 
-def _pinned(seen: Numbers, recommender: Recommender, user_index: int) -> Numbers:
-    """The end of a history that the model looked at."""
-    if user_index >= 0 and recommender.model.fits_strangers:
+def _since_training(active: Active, history: History) -> Numbers:
+    """The user's items that the version knows, taken after what it was trained on."""
+    through = active.microseconds_through
+    if through is None or not len(history.interacted_at):
         return NOTHING
-    return seen[-recommender.window_length :] if recommender.window_length else NOTHING
+    first = int(np.searchsorted(history.interacted_at, through, side="right"))
+    return active.item_indices.of_numbers(history.items, history.interactions[first:])
+
+
+def _pinned(seen: Numbers, recommender: Recommender, user_index: int, fresh: int) -> Numbers:
+    """The end of a history that the model looked at."""
+    looked_at = min(recommender.window_length, len(seen))
+    if user_index >= 0 and recommender.model.fits_strangers:
+        looked_at = min(looked_at, fresh)
+    return seen[len(seen) - looked_at :]

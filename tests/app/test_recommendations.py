@@ -134,6 +134,29 @@ def test_every_model_folds_in(client: TestClient, publish: Any, model: str) -> N
     assert recommend(client, "ben")["source"] == "model"
 
 
+@pytest.mark.parametrize("model", ["neumf", "matrix_factorization"])
+def test_what_came_after_the_training_moves_a_user_with_a_row(client: TestClient, publish: Any, model: str) -> None:
+    recommender = publish("v1", ITEMS, model=model, trained_through="2026-03-01T00:00:00.000000Z")
+    activated(client)
+    numbers = recommender.items.indices
+
+    def ranked(history: list[str], fresh: int, k: int) -> list[str]:
+        encoded = recommender.encode([0], [numbers(history)], [fresh])
+        indices, _ = recommender.top(encoded, [numbers(history)], k)
+        found: list[str] = recommender.items.ids(indices[0])
+        return found
+
+    click(client, "item-05", occurred_at="2026-02-28T00:00:00Z")  # the row knows it
+    assert shown(recommend(client)) == expected(recommender, 0, ["item-05"], 10) == ranked(["item-05"], 0, 10)
+    click(client, "item-07", occurred_at="2026-03-02T00:00:00Z")
+    click(client, "item-09", occurred_at="2026-03-03T00:00:00Z")
+    history = ["item-05", "item-07", "item-09"]
+    first = recommend(client)
+    assert first["source"] == "model"
+    assert shown(first) == ranked(history, 2, 10) != expected(recommender, 0, history, 10)
+    assert shown(recommend(client, cursor=first["next_cursor"])) == ranked(history, 2, 20)[10:]
+
+
 def test_filters(client: TestClient, publish: Any) -> None:
     publish.catalogue(ITEMS, {item_id: ["even", "all"] for item_id in ITEMS[::2]})
     recommender = publish("v1", ITEMS)

@@ -107,6 +107,20 @@ def test_a_stranger_alone_in_a_batch_and_among_known_users(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", MODELS)
+def test_what_came_after_the_training_moves_a_user_by_what_it_says_of_a_stranger(name: str) -> None:
+    recommender = recommender_of(random_model(name))
+    histories = [[1, 2, 3, 4], [5, -1, 6], [7, 8], [9]]
+    known = recommender.encode([3, 4, 5, -1], histories)
+    moved = recommender.encode([3, 4, 5, -1], histories, fresh=[2, 1, 0, 1])
+    news = recommender.encode([-1] * 3, [[3, 4], [6], []])
+    expected = known[:2] + fold_in.NEWS_WEIGHT * (news[:2] - news[2])
+    torch.testing.assert_close(moved[:2], expected, rtol=1e-4, atol=1e-5)
+    assert torch.equal(moved[2:], known[2:])
+    caser = recommender_of(random_model("caser"))
+    assert torch.equal(caser.encode([3], [[1, 2]], [1]), caser.encode([3], [[1, 2]]))
+
+
+@pytest.mark.parametrize("name", MODELS)
 def test_only_the_latest_events_count(name: str) -> None:
     recommender = recommender_of(random_model(name))
     latest = [number % 60 for number in range(fold_in.MAX_EVENTS)]
