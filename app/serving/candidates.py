@@ -131,6 +131,11 @@ class Candidates:
             self._of_filter.move_to_end(categories)
             return found
 
+    def was_erased(self, index: int) -> bool:
+        """Whether the item was erased since the training: what stands under its id now is another thing."""
+        self.allowed()
+        return bool(self._dropped[index])
+
     def unseen(self) -> list[str]:
         """Items that may be shown and that the version was not trained on, in the order they came."""
         self.allowed()

@@ -78,7 +78,7 @@ class SimilarItems:
     def _by_vectors(self, active: Active, item_id: str, k: int, categories: CategoryFilter) -> list[tuple[str, float]]:
         recommender = active.recommender
         index = recommender.items.index(item_id)
-        if index < 0:
+        if index < 0 or active.candidates.was_erased(index):
             return []
         try:
             cosines = _cosines(recommender, index)

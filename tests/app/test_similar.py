@@ -69,6 +69,17 @@ def test_an_item_that_the_version_does_not_know(client: TestClient, publish: Any
     assert "'nobody has this'" in answer["reason"]
 
 
+def test_an_erased_item_that_came_back_is_another_thing(client: TestClient, publish: Any) -> None:
+    publish("v1", ITEMS[:4])
+    activated(client)
+    assert ask(client, "item-00")["source"] == "model"
+    assert client.delete("/items/item-00").status_code == 204
+    assert client.put("/items/item-00", json={}).status_code == 201
+    activated(client)
+    assert ask(client, "item-00")["source"] == "popular"
+    assert "item-00" not in shown(ask(client, "item-01"))
+
+
 def test_a_version_without_vectors(client: TestClient, publish: Any) -> None:
     publish.catalogue(ITEMS[:3], {"item-00": ["a"], "item-02": ["a"]})
     publish("v1", ITEMS[:3], model="popularity")
