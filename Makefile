@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 DATA ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-real-data check openapi format clean bench-diversity bench-import bench-loading bench-ranking bench-serving bench-quality bench-cold-users bench-warm-start
+.PHONY: help setup demo test test-real-data check openapi format clean bench-diversity bench-import bench-loading bench-ranking bench-serving bench-quality bench-cold-users bench-warm-start bench-training bench-training-gpu
 
 help: ## Show this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -60,6 +60,12 @@ bench-ranking: setup ## Measure how fast the best of 1,000,000 items are found, 
 
 bench-cold-users: setup ## Measure ranking for users unseen in training, beside popularity, on MovieLens 1M in DATA
 	PYTHONPATH=. $(BIN)/python benchmarks/cold_users.py $(if $(DATA),--data $(DATA))
+
+bench-training: setup ## Measure training beside RecBole (PEER_PYTHON=…, DATA=DIR) and by size of catalogue
+	$(BIN)/python benchmarks/training.py
+
+bench-training-gpu: setup ## Measure NeuMF and Caser on a GPU, at the sizes of published references
+	$(BIN)/python benchmarks/training_gpu.py
 
 format: setup ## Format the code and fix what can be fixed
 	$(BIN)/ruff check --fix .

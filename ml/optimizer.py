@@ -7,9 +7,12 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from ml import memory
 
+# Of a table's rows and moments, held at once by an update on a CPU.
+BLOCK_BYTES = 1 << 19
 # The size of a step and the correction of the second moment's root for its start at zero.
 Scale: TypeAlias = tuple[Tensor, Tensor] | tuple[float, float]
 
@@ -41,6 +44,8 @@ class RowAdam(torch.optim.Optimizer):
             raise ValueError(f"the learning rate must be positive and l2 not negative, not {learning_rate} and {l2}")
         super().__init__(parameters, {"lr": learning_rate, "betas": betas, "epsilon": epsilon, "l2": l2})
         self._tables: dict[nn.Parameter, Tensor] = {}
+        # Of this step: rows as they came, each once, their order, and where each one's begin in it.
+        self._grouped: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
         for group in self.param_groups:
             device = group["params"][0].device
             group["fixed_shapes"] = device.type == "cuda" if fixed_shapes is None else fixed_shapes
@@ -72,17 +77,40 @@ class RowAdam(torch.optim.Optimizer):
                     if not state:
                         state["mean"], state["square"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
                     _adam(parameter, state["mean"], state["square"], gradient, group, scale)
+        self._grouped = None
 
     def _update_rows(self, parameter: nn.Parameter, gradient: Tensor, group: dict[str, Any], scale: Scale) -> None:
         """Turn a gradient of rows, which may repeat, into new rows: the one place where tables change."""
         if parameter not in self._tables:
             self._lay_out(parameter)
-        rows, sums = row_sums(gradient, fixed_shapes=group["fixed_shapes"])
         table = self._tables[parameter]
-        block = table.index_select(0, rows)
-        values, mean, square = torch.split(block, parameter.shape[1], 1)
-        _adam(values, mean, square, sums, group, scale)
-        table.index_copy_(0, rows, block)
+        if group["fixed_shapes"]:
+            rows, sums = fixed_row_sums(gradient)
+            block = table.index_select(0, rows)
+            _adam_on_rows(block, sums, group, scale)
+            table.index_copy_(0, rows, block)
+            return
+        rows, sums = self._row_sums(gradient)
+        # Few enough at once to stay in a core's cache from the reading to the writing.
+        step = max(1, BLOCK_BYTES // (table.shape[1] * table.element_size()))
+        for part, part_sums in zip(torch.split(rows, step), torch.split(sums, step), strict=True):
+            block = table.index_select(0, part)
+            _adam_on_rows(block, part_sums, group, scale)
+            # What index_copy_ does on a CPU row by row, in half the time.
+            table.numpy()[part.numpy()] = block.numpy()
+
+    def _row_sums(self, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        """Each row that a sparse gradient touches once, (n,), in order, and the sum of its values, (n, width)."""
+        rows, values = gradient._indices()[0], gradient._values()
+        if self._grouped is None or not torch.equal(self._grouped[0], rows):
+            # Tables of users, or of items, are mostly read at the same rows: those are sorted once.
+            ordered, order = rows.sort(stable=True)
+            touched, counts = torch.unique_consecutive(ordered, return_counts=True)
+            self._grouped = rows, touched, order, counts.cumsum(0) - counts
+        _, touched, order, starts = self._grouped
+        if not len(touched):
+            return touched, values
+        return touched, functional.embedding_bag(order, values, starts, mode="sum")
 
     def _lay_out(self, parameter: nn.Parameter) -> None:
         """Put a table and its moments side by side; the last row belongs to nothing."""
@@ -117,21 +145,23 @@ class RowAdam(torch.optim.Optimizer):
         self._tables.clear()
 
 
-def row_sums(gradient: Tensor, *, fixed_shapes: bool) -> tuple[Tensor, Tensor]:
-    """Each row that a sparse gradient touches once, (n,), and the sum of its values, (n, width).
+def fixed_row_sums(gradient: Tensor) -> tuple[Tensor, Tensor]:
+    """Each row that a sparse gradient touches, and the sum of its values, in tensors as long as the gradient.
 
-    With `fixed_shapes` n is the number of values that came in; places left over name the row past the table's last one
-    and hold zeros.
+    Places left over name the row past the table's last one, and hold zeros.
     """
     rows, values = gradient._indices()[0], gradient._values()
-    if not fixed_shapes:
-        touched, places = torch.unique(rows, return_inverse=True)
-        return touched, values.new_zeros(len(touched), values.shape[1]).index_add_(0, places, values)
-    ordered, order = rows.sort()
-    segment = torch.nn.functional.pad((ordered[1:] != ordered[:-1]).cumsum(0), (1, 0))
+    ordered, order = rows.sort(stable=True)
+    segment = functional.pad((ordered[1:] != ordered[:-1]).cumsum(0), (1, 0))
     places = torch.empty_like(rows).scatter_(0, order, segment)
     touched = torch.full_like(rows, gradient.shape[0]).scatter_(0, segment, ordered)
     return touched, torch.zeros_like(values).index_add_(0, places, values)
+
+
+def _adam_on_rows(block: Tensor, gradient: Tensor, group: dict[str, Any], scale: Scale) -> None:
+    """Update rows that hold values, mean and square side by side."""
+    values, mean, square = torch.split(block, gradient.shape[1], 1)
+    _adam(values, mean, square, gradient, group, scale)
 
 
 def _adam(

@@ -117,7 +117,10 @@ class NegativeSampler:
         seen = self.seen.contains(users, items)
         for _ in range(ROUNDS):
             # A whole redraw keeps shapes fixed; most of it is thrown away, and it costs what the batch costs.
-            items = torch.where(seen, self.draw((len(users), number), generator), items)
+            redrawn = self.draw((len(users), number), generator)
+            if items.device.type == "cpu" and not bool(seen.any()):  # on a GPU nobody waits to find out
+                continue
+            items = torch.where(seen, redrawn, items)
             seen = self.seen.contains(users, items)
         return Negatives(items, ~seen)
 

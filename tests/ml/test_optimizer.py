@@ -3,7 +3,8 @@ import torch
 from torch import nn, tensor
 
 from ml import memory
-from ml.optimizer import RowAdam, row_sums
+from ml import optimizer as optimizer_module
+from ml.optimizer import RowAdam, fixed_row_sums
 
 
 def test_a_dense_step_is_adam() -> None:
@@ -53,16 +54,32 @@ def test_impossible_settings_are_refused(rate: float, l2: float) -> None:
 
 
 @pytest.mark.parametrize("rows", [[3], [2, 2, 2], [5, 0, 3, 0, 5, 5, 1]])
-def test_fixed_shapes_hold_the_same_sums(rows: list[int]) -> None:
+def test_fixed_shapes_hold_each_rows_sum_and_zeros(rows: list[int]) -> None:
     values = torch.arange(2.0 * len(rows)).view(-1, 2)
     gradient = torch.sparse_coo_tensor(tensor([rows]), values, (6, 2), check_invariants=True)
-    touched, sums = row_sums(gradient, fixed_shapes=False)
-    assert touched.tolist() == sorted(set(rows))
-    assert torch.equal(sums, gradient.to_dense()[touched])
-    fixed_rows, fixed_sums = row_sums(gradient, fixed_shapes=True)
-    assert fixed_rows.tolist() == touched.tolist() + [6] * (len(rows) - len(touched))
-    assert torch.equal(fixed_sums[: len(touched)], sums)
-    assert not fixed_sums[len(touched) :].any()
+    touched, sums = fixed_row_sums(gradient)
+    once = sorted(set(rows))
+    assert touched.tolist() == once + [6] * (len(rows) - len(once))
+    assert torch.equal(sums[: len(once)], gradient.to_dense()[once])
+    assert not sums[len(once) :].any()
+
+
+def test_tables_read_at_the_same_rows_learn_as_if_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(optimizer_module, "BLOCK_BYTES", 100)  # several blocks, the last one short
+    torch.manual_seed(0)
+    tables = [nn.Embedding(9, width, sparse=True) for width in (3, 1, 3)]
+    alone = [nn.Embedding.from_pretrained(each.weight.detach().clone(), freeze=False, sparse=True) for each in tables]
+    together = RowAdam([each.weight for each in tables], 0.1)
+    separate = [RowAdam(each.parameters(), 0.1) for each in alone]
+    for rows, other in ((tensor([7, 0, 7, 3]), tensor([2, 2, 2, 1])), (tensor([8, 1, 0, 0]), tensor([8, 1, 0, 0]))):
+        for group in (tables, alone):
+            for table, own in zip(group, (rows, rows, other), strict=True):
+                table.weight.grad = None
+                table(own).pow(3).sum().backward()
+        together.step()
+        for each in separate:
+            each.step()
+    assert all(torch.equal(a.weight, b.weight) for a, b in zip(tables, alone, strict=True))
 
 
 @pytest.mark.parametrize("l2", [0.0, 0.1])
