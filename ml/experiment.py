@@ -244,11 +244,11 @@ def _experiment(
                     on_progress=on_progress if processes.is_first else None,
                     processes=processes,
                 )
-            lines.write({"kind": "result", **_one(outcome)})
-            outcomes.append(outcome)
+            outcomes.append(_one(outcome))
+            lines.write({"kind": "result", **outcomes[-1]})
     return {
         "recipe": recipe.name,
-        "seed": seed if seeds is None else [outcome.seed for outcome in outcomes],
+        "seed": seed if seeds is None else [outcome["seed"] for outcome in outcomes],
         "data": {
             "name": loaded.source.name,
             "format": loaded.source.format,
@@ -261,7 +261,7 @@ def _experiment(
         "negatives": negatives,
         "settings": recipe.as_dict(),
         "device": device,
-        **(_one(outcomes[0]) if seeds is None else _several(outcomes)),
+        **(outcomes[0] if seeds is None else _several(outcomes)),
         "seconds": time.perf_counter() - started,
     }
 
@@ -301,9 +301,8 @@ def _one(outcome: Outcome) -> dict[str, Any]:
     }
 
 
-def _several(outcomes: Sequence[Outcome]) -> dict[str, Any]:
+def _several(runs: list[dict[str, Any]]) -> dict[str, Any]:
     """The JSON of several seeds: mean and standard deviation of every metric, and each run."""
-    runs = [_one(outcome) for outcome in outcomes]
     return {
         VALIDATION: mean_and_std([run[VALIDATION] for run in runs]),
         TEST: mean_and_std([run[TEST] for run in runs]),

@@ -41,7 +41,7 @@ TOO_LITTLE = {
 
 
 def quick(recipe: str) -> list[str]:
-    return [] if recipe == "popularity" else ["--set", "epochs=2", "--set", "factors=4", "--set", "negatives=4"]
+    return [] if recipe == "popularity" else ["--set", "epochs=1", "--set", "factors=4", "--set", "negatives=4"]
 
 
 def numbers(value: Any) -> Iterator[float]:
