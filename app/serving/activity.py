@@ -2,7 +2,8 @@
 
 import threading
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Literal
 
@@ -59,6 +60,16 @@ class _Numbers:
         return number
 
 
+@dataclass(frozen=True)
+class _Order:
+    """Item numbers by score, the highest first, at one moment."""
+
+    state: tuple[int, int]  # the generation of the counts, and the hour
+    numbers: npt.NDArray[np.intp]
+    negated: npt.NDArray[np.float64]  # the scores, so that they rise
+    item_ids: list[str]
+
+
 class Activity:
     """Counts of the last four weeks by hour. `poll` runs on one thread; `ranked` on any.
 
@@ -80,28 +91,37 @@ class Activity:
         self._through = 0  # a position on SQLite, a transaction id on PostgreSQL
         self._erasures_through = 0
         self._generation = 0
-        self._orders: OrderedDict[tuple[Kind, int], tuple[tuple[int, int], list[tuple[str, float]]]] = OrderedDict()
+        self._orders: OrderedDict[tuple[Kind, int], _Order] = OrderedDict()
         self._lock = threading.Lock()
 
-    def ranked(self, kind: Kind, hours: int) -> list[tuple[str, float]]:
+    def ranked(self, kind: Kind, hours: int) -> Iterator[tuple[str, float]]:
         """Items with their scores in a window of the last `hours`, best first, equals by id; hidden ones included.
 
         `popular` scores by c, the interactions within the window. `trending` scores by (c - e) / sqrt(e + 1), where
         e is what the three windows before let expect in as much time, and lists what has more than that: the growth
         in standard deviations of a Poisson count, with one more so that a single click is no sensation.
         """
+        order = self._order_of(kind, hours)
+        first = 0
+        while first < len(order.numbers):
+            # Ids are compared only where scores tie, and only once the caller has come that far.
+            last = int(np.searchsorted(order.negated, order.negated[first], side="right"))
+            score = -float(order.negated[first])
+            for item_id in sorted(order.item_ids[number] for number in order.numbers[first:last].tolist()):
+                yield item_id, score
+            first = last
+
+    def _order_of(self, kind: Kind, hours: int) -> _Order:
         now = self._clock()
-        hour = _hour_of(now)
         with self._lock:
-            state = (self._generation, hour)
-            held = self._orders.get((kind, hours))
-            if held is None or held[0] != state:
-                held = state, self._order(kind, hours, now)
-                self._orders[kind, hours] = held
+            state = (self._generation, _hour_of(now))
+            order = self._orders.get((kind, hours))
+            if order is None or order.state != state:
+                order = self._orders[kind, hours] = self._order(kind, hours, now, state)
                 if len(self._orders) > REMEMBERED_ORDERS:
                     self._orders.popitem(last=False)
             self._orders.move_to_end((kind, hours))
-            return held[1]
+            return order
 
     def poll(self, connection: Connection) -> None:
         """Count the events that came since, and let go of what is too long ago."""
@@ -148,7 +168,7 @@ class Activity:
             counts[hour.numbers] += hour.counts
         return np.maximum(counts, 0)
 
-    def _order(self, kind: Kind, hours: int, now: datetime) -> list[tuple[str, float]]:
+    def _order(self, kind: Kind, hours: int, now: datetime, state: tuple[int, int]) -> _Order:
         hour = _hour_of(now)
         recent = self._counts(hour - hours, hour + 1)  # clocks of callers may run ahead by five minutes
         scores = recent.astype(np.float64)
@@ -157,9 +177,9 @@ class Activity:
             elapsed = hours + (now - _start_of(hour)) / timedelta(hours=1)
             expected = earlier * (elapsed / (REFERENCE_WINDOWS * hours))
             scores = (scores - expected) / np.sqrt(expected + 1)
-        chosen = np.flatnonzero((recent > 0) & (scores > 0)).tolist()
-        found = [(self._numbers.item_ids[number], float(scores[number])) for number in chosen]
-        return sorted(found, key=lambda pair: (-pair[1], pair[0]))
+        chosen = np.flatnonzero((recent > 0) & (scores > 0))
+        chosen = chosen[np.argsort(-scores[chosen])]
+        return _Order(state, chosen, -scores[chosen], self._numbers.item_ids)
 
 
 def _hour_of(moment: datetime) -> int:

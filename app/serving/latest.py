@@ -31,7 +31,6 @@ class Latest:
 
     def ranked(self, categories: CategoryFilter = EVERY_CATEGORY) -> Iterator[tuple[str, datetime]]:
         """Items that may be shown with the times they were added, the newest first, equals by id from the end."""
-        self.poll()
         order = self._order
         changed = {change.item_id for change in self._catalog.changes_since(order.revision) or ()}
         unchanged = (aged for aged in order.items if aged[1] not in changed) if changed else order.items

@@ -55,6 +55,7 @@ class Service:
     active_models: ActiveModels
     popularity: Popularity
     activity: Activity
+    latest: Latest
     charts: Charts
     similar: SimilarItems
     sessions: Sessions
@@ -157,6 +158,7 @@ class Service:
         self.histories.forget_erased()
         self.popularity.poll(connection)
         self.activity.poll(connection)
+        self.latest.poll()
         self.active_models.poll(connection)
 
     def _follow(self) -> None:
@@ -190,6 +192,7 @@ def build_service(settings: Settings) -> Service:
     )
     popularity = Popularity(settings.event_meanings, catalog)
     activity = Activity(settings.event_meanings, catalog)
+    latest = Latest(catalog)
     lost = metrics.counter("recommendation_log_lost", "Answers that did not reach the recommendation log.")
     recommendation_log = RecommendationLog(engine, on_lost=lost.inc)
     groups = metrics.counter("feedback_commits", "Transactions that stored feedback.")
@@ -236,7 +239,8 @@ def build_service(settings: Settings) -> Service:
             recommendation_log=recommendation_log,
             max_history=settings.max_history,
         ),
-        charts=Charts(catalog, popularity, activity, Latest(catalog), recommendation_log),
+        latest=latest,
+        charts=Charts(catalog, popularity, activity, latest, recommendation_log),
         recommendation_log=recommendation_log,
         feedback_writer=feedback_writer,
         cursors=cursors,
