@@ -136,6 +136,11 @@ class Candidates:
         self.allowed()
         return bool(self._dropped[index])
 
+    @property
+    def changes_behind(self) -> int:
+        """How many changes of the catalogue the next request has to follow."""
+        return self._catalog.revision - self._every.revision
+
     def unseen(self) -> list[str]:
         """Items that may be shown and that the version was not trained on, in the order they came."""
         self.allowed()

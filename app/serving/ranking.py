@@ -18,9 +18,10 @@ from app.serving.ranked_lists import Ranked, RankedLists, Source, State
 from app.serving.reasons import Reason, reasons_of
 from app.serving.recommendation_log import RecommendationLog, Shown, new_id
 
-# A ranking within both bounds stays on the event loop.
+# A ranking within all bounds stays on the event loop.
 QUICK_SECONDS = 0.002
 QUICK_CATALOG = 50_000
+QUICK_CHANGES = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +73,7 @@ class Ranker:
             query.is_simple
             and not self._explorer.explores
             and (active is None or active.seconds <= QUICK_SECONDS)
+            and (active is None or active.candidates.changes_behind <= QUICK_CHANGES)
             and len(self._catalog) <= QUICK_CATALOG
         )
 

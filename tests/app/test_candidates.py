@@ -103,7 +103,9 @@ def test_masks_are_kept(engine: Engine) -> None:
     assert candidates.allowed(wanted).mask is kept
     put(engine, "item-3", ["c"], hidden=False)
     follow(engine, catalog)
+    assert candidates.changes_behind == 1
     assert candidates.allowed(wanted).count == len(KNOWN) - 1
+    assert candidates.changes_behind == 0
     assert kept.sum() == len(KNOWN)  # whoever ranks with it goes on undisturbed
     for number in range(1_000):  # as many filters as a caller can think of
         candidates.allowed(in_category(f"category {number}"))
