@@ -111,6 +111,7 @@ class Server:
 
     def __init__(self, command: list[str], port: int, environment: dict[str, str], core: int | None, log: Path) -> None:
         self.port = port
+        self.ready_seconds = 0.0
         self.began = time.perf_counter()
         with log.open("ab") as output:
             self.process = subprocess.Popen(command, env=environment, cwd=ROOT, stdout=output, stderr=output)

@@ -7,7 +7,7 @@ from collections import OrderedDict
 from collections.abc import Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -31,6 +31,7 @@ OUTAGE_SECONDS = 1.0
 
 Numbers = npt.NDArray[np.int32]
 Times = npt.NDArray[np.int64]
+T = TypeVar("T", bound=np.generic)
 
 
 class ItemNumbers:
@@ -66,7 +67,6 @@ class ItemNumbers:
 _NO_NUMBERS: Numbers = np.zeros(0, np.int32)
 _NO_TIMES: Times = np.zeros(0, np.int64)
 _NOTHING_NUMBERED = ItemNumbers()
-NEVER = (-(2**63), 0)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -82,7 +82,6 @@ class History:
     left_out: Numbers = field(default_factory=lambda: _NO_NUMBERS)  # distinct
     kept_out_for_good: Numbers = field(default_factory=lambda: _NO_NUMBERS)  # by an event that is no interaction
     feedback_through: int | None = None  # position of the user's newest event
-    newest: tuple[int, int] = NEVER  # time and position of the last interaction
     kept: dict[Any, Any] = field(default_factory=dict)
 
     @property
@@ -310,10 +309,9 @@ class Histories:
 
     def _extended(self, history: History, rows: Sequence[Row]) -> History | None:
         """The history with newer events; None where they do not simply follow it."""
-        added: list[int] = []
-        times: list[int] = []
+        interactions, interacted_at = history.interactions, history.interacted_at
         left_out, kept_out = history.left_out, history.kept_out_for_good
-        newest = history.newest
+        through = history.feedback_through or 0
         for row in sorted(rows, key=lambda row: (row.occurred_at, row.position)):
             if row.type == RETRACT:
                 return None
@@ -325,18 +323,14 @@ class Histories:
                 if not interaction:
                     kept_out = _with_number(kept_out, number)
             if interaction:
-                place = (row.occurred_at, row.position)
-                if place < newest:  # it came late, and belongs further down
-                    return None
-                added.append(number)
-                times.append(row.occurred_at)
-                newest = place
-        through = max(history.feedback_through or 0, *(row.position for row in rows))
-        interactions, interacted_at = history.interactions, history.interacted_at
-        if added:
-            interactions = np.append(interactions, np.array(added, np.int32))[-self._max_history :]
-            interacted_at = np.append(interacted_at, times)[-self._max_history :]
-        return History(self._items, interactions, interacted_at, left_out, kept_out, through, newest)
+                place = int(np.searchsorted(interacted_at, row.occurred_at, "right"))
+                if place and interacted_at[place - 1] == row.occurred_at and row.position < through:
+                    return None  # which of the two came first, only their positions tell
+                if place or len(interactions) < self._max_history:  # else it is older than all that count
+                    interactions = _inserted(interactions, place, number)[-self._max_history :]
+                    interacted_at = _inserted(interacted_at, place, row.occurred_at)[-self._max_history :]
+        through = max(through, *(row.position for row in rows))
+        return History(self._items, interactions, interacted_at, left_out, kept_out, through)
 
     def _whole(self, user_id: str) -> _Remembered:
         whole = read_whole(self._engine, user_id)
@@ -354,9 +348,8 @@ class Histories:
         times: list[int] = []
         left_out: dict[str, None] = {}
         kept_out: dict[str, None] = {}
-        newest = NEVER
-        columns = (whole.event_ids, whole.item_ids, whole.types, whole.values, whole.occurred_at, whole.positions)
-        for event_id, item_id, type_, value, occurred_at, position in zip(*columns, strict=True):
+        columns = (whole.event_ids, whole.item_ids, whole.types, whole.values, whole.occurred_at)
+        for event_id, item_id, type_, value, occurred_at in zip(*columns, strict=True):
             if type_ == RETRACT or event_id in taken_back:
                 continue
             meaning = meanings[type_]
@@ -368,7 +361,6 @@ class Histories:
             if interaction:
                 interactions.append(item_id)
                 times.append(occurred_at)
-                newest = (occurred_at, position)
         return History(
             self._items,
             self._items.numbers(interactions[-self._max_history :]),
@@ -376,8 +368,13 @@ class Histories:
             self._items.numbers(left_out),
             self._items.numbers(kept_out),
             max(whole.positions),
-            newest,
         )
+
+
+def _inserted(values: npt.NDArray[T], place: int, value: int) -> npt.NDArray[T]:
+    new = np.empty(len(values) + 1, values.dtype)
+    new[:place], new[place], new[place + 1 :] = values[:place], value, values[place:]
+    return new
 
 
 def _with_number(numbers: Numbers, number: int) -> Numbers:

@@ -14,9 +14,10 @@ from fastapi.testclient import TestClient
 from sqlalchemy.engine import Engine
 
 from app.database import create_engine, writing
+from app.erasure import erase
 from app.serving.event_store import NewEvent, store_events
 from app.serving.feedback_writer import FeedbackWriter, OverloadedError, StoppedError
-from app.tables import events
+from app.tables import events, items, users
 
 
 def event(number: int, **fields: Any) -> NewEvent:
@@ -186,3 +187,40 @@ def test_another_process_that_writes_in_chunks_does_not_stall_feedback(sqlite_ur
     engine.dispose()
     # Half of them within 100 ms holds on a busy machine too; by SQLite's own waiting nearly all would take longer.
     assert sorted(seconds)[12] < 0.1, seconds
+
+
+def test_every_text_comes_back_as_it_was_sent(engine: Engine) -> None:
+    texts = ["NULL", 'a"b', "back\\slash", "{curly,comma}", "é 中 🎈", "'; --", "%s ? :name", " "]
+    sent = [
+        event(
+            n, user_id=text, item_id=text, event_id=text, type="click", context={"text": text, "deep": [None, 1.5, {}]}
+        )
+        for n, text in enumerate(texts)
+    ]
+    exact = datetime(1969, 12, 31, 23, 59, 59, 999999, tzinfo=UTC)
+    sent.append(event(100, value=1e-300, occurred_at=exact, recommendation_id="r"))
+    with writing(engine) as connection:
+        assert {outcome.outcome for outcome in store_events(connection, sent, "create")} == {"stored"}
+    with writing(engine) as connection:  # compared with what was stored, field by field
+        again = store_events(connection, [*sent, event(101)], "create")
+    assert [outcome.outcome for outcome in again] == ["duplicate"] * len(sent) + ["stored"]
+    with engine.connect() as connection:
+        row = connection.execute(sa.select(events).where(events.c.event_id == "event-100")).one()
+    assert (row.value, row.occurred_at, row.context) == (1e-300, exact, None)
+
+
+def test_what_was_erased_is_created_again(writer: FeedbackWriter, engine: Engine) -> None:
+    """The writer remembers which users and items there are; an erasure by another process takes them away."""
+    writer.start()
+
+    async def write(number: int) -> None:
+        await writer.write([event(number, user_id="anna", item_id="dune")])
+
+    asyncio.run(write(1))
+    assert erase(engine, "user", "anna", actor="test")
+    asyncio.run(write(2))
+    assert erase(engine, "item", "dune", actor="test")
+    asyncio.run(write(3))
+    with engine.connect() as connection:
+        assert connection.scalar(sa.select(users.c.user_id)) == "anna"
+        assert connection.scalar(sa.select(items.c.item_id)) == "dune"
