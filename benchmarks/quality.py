@@ -251,6 +251,7 @@ def main() -> None:
         parser.error(f"{root} has none of the folders {', '.join(PROTOCOLS)}")
     results = Results(options.results)
     found = {row: compute(row, options.seeds, root / row.data, results, train=False) for row in rows}
+    write_page(options.write, found)
     for row in rows:
         if not options.only or row.name.startswith(tuple(options.only)):
             found[row] = compute(row, options.seeds, root / row.data, results, train=True)
