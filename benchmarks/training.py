@@ -93,7 +93,7 @@ def step_seconds(rows: int) -> float:
         | {"batch_size": str(STEP_EXAMPLES)},
     )
     chosen, count = np.random.default_rng(0), STEPS * STEP_EXAMPLES
-    ids = IdMap(pa.array(np.char.zfill(np.arange(rows // 2).astype(str), 8)).cast(pa.large_string()))
+    ids = IdMap(pa.array([f"{number:08}" for number in range(rows // 2)], pa.large_string()))
     users = np.sort(chosen.integers(0, rows // 2, count)).astype(np.int32)
     items = chosen.integers(0, rows // 2, count).astype(np.int32)
     data = Interactions(ids, ids, users, items, np.arange(count))

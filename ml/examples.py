@@ -60,7 +60,11 @@ class Examples:
         rows = shuffled[torch.argsort(self.users[shuffled], stable=True)]
         # Always from the order of the data, so that a resumed training shuffles as one that never stopped.
         items, weights = self._in_time
-        self.items = items[rows]
-        self.weights = None if weights is None else weights[rows]
+        # Always into the same memory, which a recorded step goes on reading.
+        if self.items is items:
+            self.items, self.weights = torch.empty_like(items), None if weights is None else torch.empty_like(weights)
+        torch.index_select(items, 0, rows, out=self.items)
+        if weights is not None:
+            torch.index_select(weights, 0, rows, out=self.weights)
         places = torch.arange(len(self.users), device=self.users.device) - self.offsets[self.users]
         return torch.nonzero(places % number == 0).flatten()

@@ -77,11 +77,11 @@ def bce_loss(positive: Tensor, negative: Tensor, valid: Tensor | None = None, we
     """
     observed, sampled = functional.softplus(-positive), functional.softplus(negative)
     if valid is None:
-        total, count = observed + sampled.sum(-1, keepdim=True), torch.tensor(1.0 + sampled.shape[-1])
+        means = (observed + sampled.sum(-1, keepdim=True)) / (1 + sampled.shape[-1])
     else:
         total = observed + sampled.masked_fill(~valid, 0.0).sum(-1, keepdim=True)
-        count = 1.0 + valid.sum(-1, keepdim=True)
-    return _example_mean(total / count.to(total.device), weight)
+        means = total / (1 + valid.sum(-1, keepdim=True))
+    return _example_mean(means, weight)
 
 
 def triplet_loss(

@@ -23,6 +23,7 @@ from ml.losses import LOSSES, MARGIN_LOSSES
 from ml.models import CaserConfig, Popularity, RankingModel, build_model
 from ml.optimizer import RowAdam
 from ml.recipes import Recipe
+from ml.recorded_step import RecordedStep
 from ml.sampling import Negatives, NegativeSampler, choose_hard
 
 STOPPING_METRIC = "ndcg@10"
@@ -148,6 +149,7 @@ class _Loop:
     stopped: bool = False
     train_seconds: float = 0.0
     validation_seconds: float = 0.0
+    recorded: RecordedStep | None = None
 
     def __post_init__(self) -> None:
         recipe, data = self.recipe, self.interactions
@@ -190,10 +192,14 @@ class _Loop:
         order = order[torch.randperm(len(order), generator=self.generator, device=self.device)]
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         steps = -(-groups // size)
+        step_on = self._step
+        if self.device.type == "cuda" and self.processes.size == 1:  # processes talk to each other within a step
+            self.recorded = self.recorded or RecordedStep(self._step, size, self.generator)
+            step_on = self.recorded
         started = reported = time.perf_counter()
         for step in range(steps):
             self._set_rate(self.epoch + step / steps)
-            loss = self._step(self.processes.part(order, step, steps, size))
+            loss = step_on(self.processes.part(order, step, steps, size))
             total += loss
             if self.device.type == "cpu" or step % GPU_LOOK_EVERY == GPU_LOOK_EVERY - 1 or step == steps - 1:
                 value = float(loss)

@@ -81,7 +81,10 @@ class Caser(RankingModel):
 
     def encode(self, users: Tensor, windows: Tensor) -> Tensor:
         user_factors = self.embedding_dropout(self.user_factors(torch.where(users < 0, self.num_users, users)))
-        images = self.embedding_dropout(self.window_factors(windows))  # (batch, length, width)
+        images = self.window_factors(windows)  # (batch, length, width)
+        if torch.is_grad_enabled():  # padding must stay zero, so it takes no gradient
+            images = images * (windows != self.num_items).unsqueeze(2)
+        images = self.embedding_dropout(images)
         sequence = self._convolve(images)
         if self.projection is None or self.straight is None:
             return torch.cat((sequence, user_factors), 1)

@@ -138,9 +138,10 @@ class Dropout(nn.Dropout):
 def embedding(rows: int, width: int, scale: float, *, padded: bool = False) -> nn.Embedding:
     """A table with small normal rows whose gradient holds only the rows that were read; a last row of zeros if padded.
 
-    The padding row never gets a gradient, so it stays zero.
+    Who reads the padding row must let no gradient through to it. (The table's own `padding_idx` would pick the other
+    rows out, whose number makes a GPU wait for the host.)
     """
-    table = nn.Embedding(rows + padded, width, padding_idx=rows if padded else None, sparse=True)
+    table = nn.Embedding(rows + padded, width, sparse=True)
     with torch.no_grad():
         table.weight.normal_(std=scale)
         if padded:

@@ -5,15 +5,20 @@ import subprocess
 import sys
 import textwrap
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from ml import train as training
 from ml.examples import Examples
 from ml.interactions import Interactions
 from ml.models import RankingModel
+from ml.optimizer import RowAdam
 from ml.recipes import RECIPES, Recipe, apply_overrides
 from ml.train import Progress, TrainResult, train
 
@@ -343,3 +348,54 @@ def test_nothing_to_train_on_is_refused(name: str) -> None:
     data = Interactions.from_arrays(["a"], ["x"])
     with pytest.raises(ValueError, match="no interactions"):
         train(RECIPES[name], data.select(np.zeros(1, bool)))
+
+
+class AskedForAValue(TorchDispatchMode):
+    """Notes operations after which a GPU would make the host wait: their result or its shape is a tensor's value."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: set[str] = set()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        asks = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & set(function.tags)
+        if function is torch.ops.aten.index.Tensor:  # by numbers its shape is known, by a mask it is not
+            asks = {index for index in args[1] if index is not None and index.dtype == torch.bool}
+        if asks:
+            self.found.add(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+def test_the_watch_sees_what_asks_for_a_value() -> None:
+    values = torch.tensor([1.0, 0.0])
+    for ask in (
+        lambda: float(values[0]),
+        lambda: values[values > 0],
+        lambda: values.nonzero(),
+        lambda: values.unique(),
+    ):
+        with AskedForAValue() as watch:
+            ask()
+        assert watch.found
+
+
+@pytest.mark.parametrize(("name", "loss"), LEARNERS)
+def test_with_fixed_shapes_a_step_asks_for_no_value_and_learns_the_same(
+    name: str, loss: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings, data = recipe(name, loss=loss, targets="3", epochs="1", l2="0.01"), checkerboard()
+    usual = train(settings, data)
+    step, found = training._Loop._step, set()
+
+    def watched(loop: Any, positions: torch.Tensor) -> torch.Tensor:
+        with AskedForAValue() as watch:
+            result = step(loop, positions)
+        found.update(watch.found)
+        return result
+
+    monkeypatch.setattr(training._Loop, "_step", watched)
+    monkeypatch.setattr(training, "RowAdam", partial(RowAdam, fixed_shapes=True))
+    fixed = train(settings, data)
+    assert not found
+    for key, value in weights(usual).items():
+        assert torch.allclose(value, weights(fixed)[key], atol=1e-4), key
