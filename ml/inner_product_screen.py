@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ml.models import InnerProducts
-from ml.screening import GROUP, Bounds, Floats, Indices
+from ml.screening import GROUP, Floats, Indices
 
 # Narrower tables take longer, for they miss the processor's wide instructions.
 NARROWEST = 64
@@ -44,15 +44,14 @@ class InnerProductScreen:
         order = torch.argsort(keys)
         self._items.reshape(-1)[:count] = order.numpy()
         self._biases.reshape(-1)[:count] = 0 if products.biases is None else products.biases[order].numpy()
-        self._scales, self._errors, self._norms = (np.zeros(groups) for _ in range(3))
+        self._scales, self._errors, self._norms = (np.zeros(groups, np.float32) for _ in range(3))
         for first in range(0, count, _ROWS):
             vectors = products.vectors[order[first : first + _ROWS]]
             rows = torch.zeros(-(-len(vectors) // GROUP) * GROUP, width)
             rows[: len(vectors)] = vectors
             self._round(rows.view(-1, GROUP, width), first // GROUP)
-        self._highest_bias = self._biases.max(1).astype(np.float64)
-        sizes = np.where(np.isfinite(self._biases), np.abs(self._biases), 0).max(1)
-        self._largest_bias = sizes.astype(np.float64)
+        self._highest_bias = self._biases.max(1)
+        self._largest_bias = float(np.where(np.isfinite(self._biases), np.abs(self._biases), 0).max())
         self._memory = threading.local()
 
     def _round(self, rows: Tensor, first: int) -> None:
@@ -111,23 +110,25 @@ class InnerProductScreen:
         numbers[: self._width, 0] = rounded
         kept = rounded * scale
         # The first two terms are what rounding to 8 bits took; the last is what arithmetic in float32 may be off.
-        bounds = (
-            float(np.linalg.norm(exact - kept)) * self._norms
-            + float(np.linalg.norm(kept)) * self._errors
-            + _ROUNDING * (self._width + 8) * (2 * length * self._norms + self._largest_bias + abs(offset))
-        )
-        return _Rounded(numbers, scale, bounds + offset)
+        room = _ROUNDING * (self._width + 16)
+        bounds = np.float32(float(np.linalg.norm(exact - kept)) + 2 * room * length) * self._norms
+        bounds += np.float32(float(np.linalg.norm(kept)) * (1 + room)) * self._errors
+        bounds += np.float32(room * (self._largest_bias + 2 * abs(offset)) + offset)
+        return _Rounded(numbers, scale, bounds)
 
-    def _screened(
-        self, user: _Rounded, highest: npt.NDArray[np.int32], products: Callable[[Indices], Wholes]
-    ) -> ScreenedProducts:
-        scales = self._scales * user.scale
+    def _screened(self, user: _Rounded, highest: Wholes, products: Callable[[Indices], Wholes]) -> ScreenedProducts:
+        # The bounds leave room for what float32 rounds here.
+        scales, bounds = self._scales * np.float32(user.scale), user.bounds
+        highest_scores = highest.astype(np.float32)
+        highest_scores *= scales
+        highest_scores += self._highest_bias
+        highest_scores += bounds
         return ScreenedProducts(
-            highest=highest * scales + self._highest_bias + user.bounds,
+            highest=highest_scores,
             products=products,
             scales=scales[:, None],
             biases=self._biases,
-            bounds=user.bounds[:, None],
+            bounds=bounds[:, None],
             numbers=self._items,
         )
 
@@ -146,22 +147,26 @@ class _Rounded:
 
     numbers: npt.NDArray[np.int8]
     scale: float
-    bounds: Bounds
+    bounds: Floats
 
 
 @dataclass(frozen=True)
 class ScreenedProducts:
     """One user's rounded products, (groups, GROUP), valid until the thread's next call of the screen."""
 
-    highest: Bounds
+    highest: Floats
     products: Callable[[Indices], Wholes]
-    scales: Bounds
+    scales: Floats
     biases: Floats
-    bounds: Bounds
+    bounds: Floats
     numbers: Wholes
 
-    def scores(self, groups: Indices) -> Bounds:
-        return self.products(groups) * self.scales[groups] + self.biases[groups] + self.bounds[groups]
+    def scores(self, groups: Indices) -> Floats:
+        scores = self.products(groups).astype(np.float32)
+        scores *= self.scales[groups]
+        scores += self.biases[groups]
+        scores += self.bounds[groups]
+        return scores
 
     def items(self, groups: Indices) -> Indices:
         return self.numbers[groups].astype(np.int64)

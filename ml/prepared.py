@@ -62,6 +62,8 @@ class Prepared:
             products = model.inner_products()
             if products is not None:
                 products = self._products = products.as_products()
+                self._vectors: Floats = products.vectors.numpy()
+                self._biases: Floats | None = None if products.biases is None else products.biases.numpy()
                 if model.num_items >= (screened_from or PRODUCTS_SCREENED_FROM) and whole_products_are_exact():
                     screen = InnerProductScreen(products)
                     self._screen = Gathering(screen, screen.together, fewest=FEWEST_TOGETHER, most=MOST_TOGETHER)
@@ -97,9 +99,7 @@ class Prepared:
             return self._best_of_all(encoded, excluded, k, allowed)
         excluded = np.sort(excluded)
 
-        def rescore(items: Indices) -> Floats:
-            scores: Floats = self._model.score(encoded, torch.from_numpy(items)[None])[0].float().numpy()
-            return scores
+        rescore = self._exactly(encoded)
 
         def may_show(items: Indices) -> npt.NDArray[np.bool_]:
             shown = np.ones(len(items), np.bool_) if allowed is None else allowed[items]
@@ -141,6 +141,28 @@ class Prepared:
         scores[excluded] = _NEVER
         return best_of(scores, k)
 
+    def _exactly(self, encoded: Tensor) -> Callable[[Indices], Floats]:
+        """What scores some items for one user."""
+        if self._products is None:
+
+            def by_model(items: Indices) -> Floats:
+                scores: Floats = self._model.score(encoded, torch.from_numpy(items)[None])[0].float().numpy()
+                return scores
+
+            return by_model
+        # After a pass over a large table nothing is left in the processor's cache: few steps count.
+        vectors, biases = self._vectors, self._biases
+        query, offset = self._products.query(encoded[0])
+        numbers = query.numpy()
+
+        def by_product(items: Indices) -> Floats:
+            scores: Floats = vectors[items] @ numbers
+            if biases is not None:
+                scores += biases[items]
+            return scores + np.float32(offset) if offset else scores
+
+        return by_product
+
     def _scores(self, encoded: Tensor) -> Floats:
         """Scores of all items for one user, (num_items,), for the caller to change."""
         if self._products is None:
@@ -148,9 +170,9 @@ class Prepared:
             scores: Floats = self._model.score_all(encoded)[0].float().numpy().copy()
             return scores
         query, offset = self._products.query(encoded[0])
-        scores = self._products.vectors.numpy() @ query.numpy()
-        if self._products.biases is not None:
-            scores += self._products.biases.numpy()
+        scores = self._vectors @ query.numpy()
+        if self._biases is not None:
+            scores += self._biases
         if offset:
             scores += np.float32(offset)
         return scores

@@ -39,10 +39,10 @@ class Screened(Protocol):
     """One user's approximate scores."""
 
     @property
-    def highest(self) -> Bounds:
+    def highest(self) -> Floats | Bounds:
         """What the exact score of no item in a group exceeds, (groups,)."""
 
-    def scores(self, groups: Indices) -> Bounds:
+    def scores(self, groups: Indices) -> Floats | Bounds:
         """What the exact scores in some groups do not exceed, (groups, GROUP)."""
 
     def items(self, groups: Indices) -> Indices:
@@ -70,7 +70,10 @@ def screened_top(
     pool = min(pool, len(highest))
     groups = np.argpartition(-highest, pool - 1)[:pool]
     bounds = found.scores(groups)
-    promising = found.items(groups)[bounds >= bounds.max(1).min()]
+    chosen = np.flatnonzero(bounds >= bounds.max(1).min())
+    if len(chosen) > 2 * pool:  # the best of some groups lie close together
+        chosen = chosen[np.argpartition(-bounds.reshape(-1)[chosen], pool)[:pool]]
+    promising = found.items(groups).reshape(-1)[chosen]
     promising = promising[promising >= 0]
     exact = rescore(promising[may_show(promising)])
     if len(exact) < k:
