@@ -50,10 +50,10 @@ openapi: setup ## Export docs/openapi.json, after a change of the HTTP interface
 	$(BIN)/shortlist openapi --out docs/openapi.json
 
 bench-loading: setup ## Measure the way from a snapshot of 20,000,000 events to the first step: time and memory
-	PYTHONPATH=. $(BIN)/python benchmarks/loading.py
+	$(BIN)/python benchmarks/loading.py
 
 bench-warm-start: setup ## Measure a warm start on sequences in DATA beside a full training, five seeds; goes on from where it ended
-	PYTHONPATH=. $(BIN)/python benchmarks/warm_start.py --data $(DATA) --results warm-start.jsonl
+	$(BIN)/python benchmarks/warm_start.py --data $(DATA) --results warm-start.jsonl
 
 bench-ranking: setup ## Measure how fast the best of 1,000,000 items are found, beside plain ways to find them
 	OMP_NUM_THREADS=1 PYTHONPATH=. $(BIN)/python benchmarks/ranking.py
@@ -61,8 +61,8 @@ bench-ranking: setup ## Measure how fast the best of 1,000,000 items are found, 
 bench-cold-users: setup ## Measure ranking for users unseen in training, beside popularity, on MovieLens 1M in DATA
 	PYTHONPATH=. $(BIN)/python benchmarks/cold_users.py $(if $(DATA),--data $(DATA))
 
-bench-training: setup ## Measure training beside RecBole (PEER_PYTHON=…, DATA=DIR) and by size of catalogue
-	$(BIN)/python benchmarks/training.py
+bench-training: setup ## Measure training beside RecBole (PEER_PYTHON=…, DATA=DIR), by size of catalogue, and loading 20,000,000 events
+	$(BIN)/python benchmarks/training.py; trained=$$?; $(BIN)/python benchmarks/loading.py && exit $$trained
 
 bench-training-gpu: setup ## Measure NeuMF and Caser on a GPU, at the sizes of published references
 	$(BIN)/python benchmarks/training_gpu.py
