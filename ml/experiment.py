@@ -71,7 +71,7 @@ def run(
         on_progress=on_progress,
         processes=processes,
     )
-    recommender = Recommender(result.model, split.train.users, split.train.items)
+    recommender = evaluator.recommender(result.model)
     found = {part: evaluator.evaluate(recommender, part) for part in evaluator.parts}
     return Outcome(seed, split, found, baseline, result, time.perf_counter() - started)
 
@@ -122,9 +122,14 @@ class SplitEvaluator:
             processes=self.processes,
         )
 
+    def recommender(self, model: RankingModel) -> Recommender:
+        """What ranks by a model that was trained on the split's training part."""
+        train = self.split.train
+        return Recommender(model, train.users, train.items, trained_users=self.known_users)
+
     def stopping_metric(self, model: RankingModel) -> dict[str, float]:
         """Measure a model in training on the validation part, against the whole catalogue."""
-        recommender = Recommender(model, self.split.train.users, self.split.train.items)
+        recommender = self.recommender(model)
         return self.evaluate(recommender, VALIDATION, negatives=0, cutoffs=(10,)).metrics
 
     def _can_validate(self) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -39,10 +41,11 @@ class FoldIn:
     Source: maximum a posteriori with an empirical prior and Newton's method (Bishop 2006, 4.3.3 to 4.4 and 3.5).
     """
 
-    def __init__(self, model: RankingModel) -> None:
+    def __init__(self, model: RankingModel, trained_users: npt.NDArray[np.bool_] | None = None) -> None:
+        """`trained_users` (num_users,) are those whose rows the training has seen; all of them if None."""
         self._model = model
         with torch.no_grad():
-            crowd = self._crowd()
+            crowd = self._crowd(trained_users)
             mean = crowd.mean(0)
             spread = (crowd - mean) / len(crowd) ** 0.5
             items, shares = self._stand_ins(mean.float())
@@ -69,10 +72,12 @@ class FoldIn:
         nothing = windows.new_full((1, 1), self._model.num_items)
         return encoded + NEWS_WEIGHT * (self.encode(windows) - self.encode(nothing))
 
-    def _crowd(self) -> Tensor:
+    def _crowd(self, trained_users: npt.NDArray[np.bool_] | None) -> Tensor:
         """What the model knows of its users, or of as many as are needed, spread evenly: (users, width)."""
-        model, device = self._model, self._model.counts.device
-        users = torch.arange(0, model.num_users, -(-model.num_users // CROWD), device=device)
+        model = self._model
+        known = np.arange(model.num_users) if trained_users is None else np.flatnonzero(trained_users)
+        known = known[:: -(-len(known) // CROWD)] if len(known) else np.arange(model.num_users)
+        users = torch.from_numpy(known).to(model.counts.device)
         crowd: Tensor = model.encode(users, users.new_full((len(users), model.window_length), model.num_items))
         return crowd.double()
 

@@ -97,7 +97,15 @@ def _settle(scores: Tensor, values: Tensor, indices: Tensor, k: int) -> tuple[Te
 class Recommender:
     """Rank a model's whole catalogue for users; safe to call from several threads at once."""
 
-    def __init__(self, model: RankingModel, users: IdMap, items: IdMap) -> None:
+    def __init__(
+        self,
+        model: RankingModel,
+        users: IdMap,
+        items: IdMap,
+        *,
+        trained_users: npt.NDArray[np.bool_] | None = None,
+    ) -> None:
+        """`trained_users` (num_users,) are those whose rows the training has seen; all of them if None."""
         if len(users) != model.num_users or len(items) != model.num_items:
             raise ValueError(
                 f"the model has {model.num_users} users and {model.num_items} items, "
@@ -108,6 +116,7 @@ class Recommender:
         self.items = items
         tensor = next(chain[Tensor](model.parameters(), model.buffers()), None)
         self.device = torch.device("cpu") if tensor is None else tensor.device
+        self._trained_users = trained_users
         self._prepared: Prepared | None = None
         self._fold_in: FoldIn | None = None
         self._fold_in_lock = threading.Lock()
@@ -277,7 +286,7 @@ class Recommender:
         if self._fold_in is None:
             with self._fold_in_lock:
                 if self._fold_in is None:
-                    self._fold_in = FoldIn(self.model)
+                    self._fold_in = FoldIn(self.model, self._trained_users)
         return self._fold_in
 
     def _all_scores(self, encoded: Tensor) -> Tensor:

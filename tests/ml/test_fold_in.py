@@ -139,6 +139,19 @@ def test_a_part_of_a_large_catalogue_stands_for_it(name: str, monkeypatch: pytes
 
 
 @pytest.mark.parametrize("name", MODELS)
+def test_rows_that_nothing_trained_are_no_part_of_the_crowd(name: str) -> None:
+    model = random_model(name)
+    trained = np.arange(40) < 25
+    windows = torch.tensor([[60, 3], [5, 6]])
+    before = FoldIn(model, trained).encode(windows)
+    with torch.no_grad():
+        for table in model.user_tables:
+            model.get_parameter(table)[25:] = 100.0
+    torch.testing.assert_close(FoldIn(model, trained).encode(windows), before)
+    assert not torch.allclose(FoldIn(model).encode(windows), before)
+
+
+@pytest.mark.parametrize("name", MODELS)
 def test_two_groups_of_users(name: str) -> None:
     """Even users take even items, odd ones odd items: a stranger is known by two events."""
     rows = [(user, item) for user in range(40) for item in range(user % 2, 40, 2) if (user * 7 + item) % 3]
