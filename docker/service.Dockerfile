@@ -12,7 +12,7 @@ COPY pyproject.toml constraints.txt README.md LICENSE alembic.ini ./
 COPY ml ml
 COPY app app
 COPY alembic alembic
-RUN pip install --constraint constraints.txt --editable '.[service,s3]' \
+RUN pip install --constraint constraints.txt --editable '.[service,s3,retrieval]' \
     && useradd --system --create-home shortlist \
     && install --directory --owner shortlist data
 USER shortlist

@@ -11,7 +11,7 @@ COPY pyproject.toml constraints.txt README.md LICENSE alembic.ini ./
 COPY ml ml
 COPY app app
 COPY alembic alembic
-RUN pip install --constraint constraints.txt --editable '.[service,s3,tune]' \
+RUN pip install --constraint constraints.txt --editable '.[service,s3,retrieval,tune]' \
     && useradd --system --create-home shortlist \
     && install --directory --owner shortlist data
 USER shortlist

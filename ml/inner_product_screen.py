@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ml.models import InnerProducts
-from ml.screening import GROUP, Floats, Indices
+from ml.screening import GROUP, Bounds, Floats, Indices
 
 # Narrower tables take longer, for they miss the processor's wide instructions.
 NARROWEST = 64
@@ -44,7 +45,9 @@ class InnerProductScreen:
         order = torch.argsort(keys)
         self._items.reshape(-1)[:count] = order.numpy()
         self._biases.reshape(-1)[:count] = 0 if products.biases is None else products.biases[order].numpy()
-        self._scales, self._errors, self._norms = (np.zeros(groups, np.float32) for _ in range(3))
+        self._scales = np.zeros(groups, np.float32)
+        # The length of the longest item of each group, and of the most that rounding took from one.
+        self._limits = np.zeros((2, groups), np.float32)
         for first in range(0, count, _ROWS):
             vectors = products.vectors[order[first : first + _ROWS]]
             rows = torch.zeros(-(-len(vectors) // GROUP) * GROUP, width)
@@ -61,8 +64,8 @@ class InnerProductScreen:
         rounded = (rows / scales).round_()
         self._table[first * GROUP : (first + len(rows)) * GROUP, : self._width] = rounded.flatten(0, 1)
         self._scales[own] = scales.flatten().numpy()
-        self._errors[own] = (rows - rounded * scales).norm(dim=2).amax(1).numpy()
-        self._norms[own] = rows.norm(dim=2).amax(1).numpy()
+        self._limits[1, own] = (rows - rounded * scales).norm(dim=2).amax(1).numpy()
+        self._limits[0, own] = rows.norm(dim=2).amax(1).numpy()
 
     def __call__(self, encoded: Tensor) -> ScreenedProducts | None:
         user = self._rounded(encoded)
@@ -99,38 +102,31 @@ class InnerProductScreen:
     def _rounded(self, encoded: Tensor) -> _Rounded | None:
         """One encoded user, (1, d), in 8 bits; None if it is not made of numbers."""
         query, offset = self._products.query(encoded[0])
-        exact = query.numpy().astype(np.float64)
-        length = float(np.linalg.norm(exact))
-        if not np.isfinite(length):
+        exact = query.numpy()
+        length = math.sqrt(float(exact @ exact))
+        if not math.isfinite(length):
             return None
         scale = max(float(np.abs(exact).max()) / _LEVELS, 1e-30)
-        rounded = np.rint(exact / scale)
         # Made as a column: the product takes a row seen as one for something else.
         numbers = np.zeros((self._table.shape[1], 1), np.int8)
+        rounded = np.rint(exact / np.float32(scale))
         numbers[: self._width, 0] = rounded
-        kept = rounded * scale
-        # The first two terms are what rounding to 8 bits took; the last is what arithmetic in float32 may be off.
+        lost = exact - rounded * np.float32(scale)
+        error = math.sqrt(float(lost @ lost))
+        # The room is for what arithmetic in float32 may be off, here and in the exact scores.
         room = _ROUNDING * (self._width + 16)
-        bounds = np.float32(float(np.linalg.norm(exact - kept)) + 2 * room * length) * self._norms
-        bounds += np.float32(float(np.linalg.norm(kept)) * (1 + room)) * self._errors
-        bounds += np.float32(room * (self._largest_bias + 2 * abs(offset)) + offset)
-        return _Rounded(numbers, scale, bounds)
+        weights = np.array([error + 2 * room * length, (length + error) * (1 + room)], np.float32)
+        return _Rounded(numbers, scale, weights, room * (self._largest_bias + 2 * abs(offset)) + offset)
 
     def _screened(self, user: _Rounded, highest: Wholes, products: Callable[[Indices], Wholes]) -> ScreenedProducts:
-        # The bounds leave room for what float32 rounds here.
-        scales, bounds = self._scales * np.float32(user.scale), user.bounds
-        highest_scores = highest.astype(np.float32)
-        highest_scores *= scales
+        # Few steps: after a pass over a large table nothing is left in the processor's cache.
+        bounds = user.weights @ self._limits
+        bounds += np.float32(user.added)
+        scales = self._scales * np.float32(user.scale)
+        highest_scores = highest * scales
         highest_scores += self._highest_bias
         highest_scores += bounds
-        return ScreenedProducts(
-            highest=highest_scores,
-            products=products,
-            scales=scales[:, None],
-            biases=self._biases,
-            bounds=bounds[:, None],
-            numbers=self._items,
-        )
+        return ScreenedProducts(highest_scores, products, scales[:, None], self._biases, bounds[:, None], self._items)
 
     def _buffers(self) -> tuple[Tensor, Tensor]:
         """Memory for the products and the highest of each group, kept by each thread: fresh pages take as long."""
@@ -143,18 +139,19 @@ class InnerProductScreen:
 
 @dataclass(frozen=True)
 class _Rounded:
-    """One user in 8 bits: whole numbers, their scale, and how far the scores of each group may be off."""
+    """One user in 8 bits: whole numbers and their scale; `weights` of a group's limits bound what rounding moves."""
 
     numbers: npt.NDArray[np.int8]
     scale: float
-    bounds: Floats
+    weights: Floats
+    added: float
 
 
 @dataclass(frozen=True)
 class ScreenedProducts:
     """One user's rounded products, (groups, GROUP), valid until the thread's next call of the screen."""
 
-    highest: Floats
+    highest: Floats | Bounds
     products: Callable[[Indices], Wholes]
     scales: Floats
     biases: Floats
