@@ -138,7 +138,7 @@ async def closed(
 
 
 async def held(
-    port: int, requests: Iterator[bytes], rate: float, seconds: float, connections: int = 64, seen: Seen | None = None
+    port: int, requests: Iterator[bytes], rate: float, seconds: float, connections: int = 32, seen: Seen | None = None
 ) -> Result:
     """Send `rate` requests a second whatever becomes of them; a request's time counts from when it was due."""
     result = Result()
@@ -148,7 +148,10 @@ async def held(
 
     def next_one(connection: _Connection) -> None:
         if connection.lost is not None:
-            lost.append(connection.lost)
+            if connection in free:  # servers close connections that are idle for some seconds
+                free.remove(connection)
+            else:
+                lost.append(connection.lost)
         elif queue:
             due, request = queue.pop(0)
             connection.send(request, due)
@@ -168,6 +171,10 @@ async def held(
             if lost:
                 raise lost[0]
         request = next(requests)
+        if not free and len(opened) < 10 * connections:
+            fresh = await _connections(port, 1, result, next_one, seen)
+            opened += fresh
+            free += fresh
         if free:
             free.pop().send(request, due)
         else:

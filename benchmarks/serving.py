@@ -194,6 +194,7 @@ def measure_limits(world: World, minutes: float, cores: Cores, folder: Path) -> 
     """Evenness, swaps, agreement, start, memory and a long mixed load."""
     users = world.chance.permutation(world.num_users)[:1_500]
     gets = world.gets(users)
+    run(load.closed(world.server.port, gets, CONNECTIONS))
     full = run(load.closed(world.server.port, gets * 2, CONNECTIONS)).rate
     median, late = serving_limits.evenness(world.server.port, gets, full / 2)
     show(f"p99_to_median_at_half_{world.name}", late / median, must=4, reach=4, digits=2)

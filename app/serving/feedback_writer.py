@@ -120,14 +120,15 @@ class FeedbackWriter:
                 for request in requests:
                     self._answer([request])
                 return
-            for request in requests:
-                _deliver(request, error)
+            _deliver([(request, error) for request in requests])
             return
         self._on_commit(len(outcomes))
+        answers: list[tuple[_Request, list[Outcome] | Exception]] = []
         done = 0
         for request in requests:
-            _deliver(request, outcomes[done : done + len(request.events)])
+            answers.append((request, outcomes[done : done + len(request.events)]))
             done += len(request.events)
+        _deliver(answers)
 
     def _commit(self, requests: list[_Request]) -> list[Outcome]:
         events = [event for request in requests for event in request.events]
@@ -151,16 +152,22 @@ def _is_deadlock(error: DBAPIError) -> bool:
     return getattr(error.orig, "sqlstate", None) in {"40P01", "40001"}
 
 
-def _deliver(request: _Request, result: list[Outcome] | Exception) -> None:
-    def set_result() -> None:
-        if request.answer.done():  # the caller went away
-            return
-        if isinstance(result, Exception):
-            request.answer.set_exception(result)
-        else:
-            request.answer.set_result(result)
+def _deliver(answers: Sequence[tuple[_Request, list[Outcome] | Exception]]) -> None:
+    """Hand answers over to their event loop, which is woken once for all of them."""
 
-    try:
-        request.loop.call_soon_threadsafe(set_result)
-    except RuntimeError:
-        log.warning("feedback_answer_lost", rows=len(request.events))  # the loop is closed: committed, but unheard
+    def set_results(mine: list[tuple[_Request, list[Outcome] | Exception]]) -> None:
+        for request, result in mine:
+            if request.answer.done():  # the caller went away
+                continue
+            if isinstance(result, Exception):
+                request.answer.set_exception(result)
+            else:
+                request.answer.set_result(result)
+
+    for loop in {request.loop for request, _ in answers}:
+        mine = [answer for answer in answers if answer[0].loop is loop]
+        try:
+            loop.call_soon_threadsafe(set_results, mine)
+        except RuntimeError:
+            rows = sum(len(request.events) for request, _ in mine)
+            log.warning("feedback_answer_lost", rows=rows)  # the loop is closed: committed, but unheard

@@ -17,7 +17,7 @@ from pydantic_core import to_json
 from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.exc import DatabaseError, OperationalError, SQLAlchemyError
 
-from app.database import is_outage, writing
+from app.database import KeptWriter, is_outage
 from app.erasure import subject_sha256
 from app.tables import erasures, recommendation_log
 
@@ -112,7 +112,7 @@ class RecommendationLog:
     """`add` never waits. Losses are told to `on_lost`."""
 
     def __init__(self, engine: Engine, on_lost: Callable[[int], None], length: int = QUEUE_LENGTH) -> None:
-        self._engine = engine
+        self._writer = KeptWriter(engine)
         self._on_lost = on_lost
         self._length = length
         self._waiting: deque[Shown] = deque()
@@ -153,6 +153,7 @@ class RecommendationLog:
         if not self._write_waiting() and self._waiting:
             log.warning("recommendation_log_lost", rows=len(self._waiting))
             self._on_lost(len(self._waiting))
+        self._writer.close()
 
     def _write_waiting(self) -> bool:
         while self._waiting:
@@ -169,7 +170,7 @@ class RecommendationLog:
         return True
 
     def _write(self, batch: list[Shown]) -> None:
-        with writing(self._engine) as connection:
+        with self._writer.writing() as connection:
             # A user erased while the answer waited here must not come back with it.
             if connection.dialect.name == "postgresql":
                 # Now rather than at the insert: what is erased from here on waits for these rows, and takes them too.
