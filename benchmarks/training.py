@@ -118,7 +118,7 @@ def beside_the_peer(model: str, split: Split, python: str | None, epochs: int, t
         for turn in range(turns):
             ours.append(run_ours(recipe, split, turn))
             if python is not None:
-                theirs.append(peers.run_recbole(python, files, split, model, settings, epochs, turn))
+                theirs.append(peers.run_recbole(python, files, split, model, settings, epochs, seed=turn))
     key = model.lower()
     rate, ranking = max(r["rate"] for r in ours), min(r["test_seconds"] for r in ours)
     quality = float(np.mean([r["ndcg"] for r in ours]))

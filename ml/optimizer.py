@@ -146,16 +146,18 @@ class RowAdam(torch.optim.Optimizer):
 
 
 def fixed_row_sums(gradient: Tensor) -> tuple[Tensor, Tensor]:
-    """Each row that a sparse gradient touches, and the sum of its values, in tensors as long as the gradient.
+    """Each row that a sparse gradient touches, and the sum of its values, in tensors whose length no value sets.
 
-    Places left over name the row past the table's last one, and hold zeros.
+    There are as many places as the gradient has rows, or the table if it has fewer; those left over name the row past
+    the table's last one, and hold zeros.
     """
     rows, values = gradient._indices()[0], gradient._values()
+    length = min(len(rows), gradient.shape[0])
     ordered, order = rows.sort(stable=True)
     segment = functional.pad((ordered[1:] != ordered[:-1]).cumsum(0), (1, 0))
     places = torch.empty_like(rows).scatter_(0, order, segment)
-    touched = torch.full_like(rows, gradient.shape[0]).scatter_(0, segment, ordered)
-    return touched, torch.zeros_like(values).index_add_(0, places, values)
+    touched = rows.new_full((length,), gradient.shape[0]).scatter_(0, segment, ordered)
+    return touched, values.new_zeros(length, values.shape[1]).index_add_(0, places, values)
 
 
 def _adam_on_rows(block: Tensor, gradient: Tensor, group: dict[str, Any], scale: Scale) -> None:
