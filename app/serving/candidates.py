@@ -2,7 +2,7 @@
 
 import threading
 from collections import OrderedDict
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -67,7 +67,7 @@ class ItemIndices:
             self._numbered = last
 
     def __call__(self, item_ids: Collection[str]) -> npt.NDArray[np.int64]:
-        """The indices of those that the version knows, in any order."""
+        """The indices of those that the version knows; of more than MANY_IDS in any order, and each once."""
         if len(item_ids) > MANY_IDS:  # not kept, or a caller's list would push out the rest
             return self._items.members(item_ids)
         known = self._known
@@ -78,6 +78,13 @@ class ItemIndices:
         for item_id in missing:
             known[item_id] = self._items.index(item_id)
         indices = np.fromiter((known[item_id] for item_id in item_ids), np.int64, len(item_ids))
+        return indices[indices >= 0]
+
+    def in_order(self, item_ids: Sequence[str]) -> npt.NDArray[np.int64]:
+        """The indices of those that the version knows, in the order given and each as often."""
+        if len(item_ids) <= MANY_IDS:
+            return self(item_ids)
+        indices = self._items.indices(item_ids)
         return indices[indices >= 0]
 
 

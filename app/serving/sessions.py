@@ -53,7 +53,7 @@ class Sessions:
     def rank(self, item_ids: Sequence[str], query: Query) -> SessionRanking:
         """Rank for a visitor who took these items, oldest first; popular items where no version knows one of them."""
         active = self._active_models.current  # once: nothing below may mix two versions
-        seen = np.zeros(0, np.int64) if active is None else active.item_indices(item_ids[-self._max_history :])
+        seen = np.zeros(0, np.int64) if active is None else active.item_indices.in_order(item_ids[-self._max_history :])
         reason = None
         ranked = None
         if active is None:

@@ -131,3 +131,11 @@ def test_the_log_knows_the_list_and_not_the_visitor(client: TestClient, publish:
     assert row.item_ids == shown(answer)
     assert row.filters["session_length"] == 2
     assert row.candidate_count == 38
+
+
+def test_long_sessions_keep_their_order(client: TestClient, publish: Any) -> None:
+    items = [f"item-{number:03}" for number in range(700)]
+    recommender = publish("v1", items)
+    activated(client)
+    session = [*items[600:0:-1], "item-650", "nobody knows this", "item-650"]
+    assert shown(ask(client, session, k=10)) == expected(recommender, session, 10)
