@@ -163,27 +163,36 @@ class RankedLists:
         eligible = (
             (item_id, float(count)) for item_id, count in self._popularity.ranked(query.categories) if may_come(item_id)
         )
+        size = pool_size(query.k) if query.is_diverse else query.k
         # One more than asked for tells whether there is more.
-        pool = list(islice(eligible, pool_size(query.k) + 1 if query.is_diverse else query.k + 1))
+        pool = list(islice(eligible, size + 1))
         found = pool[: query.k]
         if query.is_diverse:
-            categories = [self._catalog.categories(item_id) for item_id, _ in pool]
-            places = chosen_together(
-                # Counts differ a hundredfold between the first items: their order says more than their size.
-                np.arange(len(pool), 0, -1).astype(np.float32),
-                query.k,
-                diversity=query.diversity,
-                vectors=category_vectors(categories),
-                categories=categories,
-                max_per_category=query.max_per_category,
-            )
-            found = [pool[place] for place in places]
+            found = self._popular_together(pool, query)
+            # Caps may leave too few of a pool: look further down.
+            while len(found) < query.k and len(pool) > size and size < LARGEST_POOL:
+                size = min(4 * size, LARGEST_POOL)
+                pool += islice(eligible, size + 1 - len(pool))
+                found = self._popular_together(pool, query)
         return Ranked(
             [item_id for item_id, _ in found],
             [count for _, count in found],
             source="popular",
             candidate_count=len(pool),
         )
+
+    def _popular_together(self, pool: list[tuple[str, float]], query: Query) -> list[tuple[str, float]]:
+        categories = [self._catalog.categories(item_id) for item_id, _ in pool]
+        places = chosen_together(
+            # Counts differ a hundredfold between the first items: their order says more than their size.
+            np.arange(len(pool), 0, -1).astype(np.float32),
+            query.k,
+            diversity=query.diversity,
+            vectors=category_vectors(categories),
+            categories=categories,
+            max_per_category=query.max_per_category,
+        )
+        return [pool[place] for place in places]
 
     def _chosen(
         self,
