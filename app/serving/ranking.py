@@ -23,6 +23,8 @@ QUICK_SECONDS = 0.002
 QUICK_CATALOG = 50_000
 QUICK_CHANGES = 100
 
+_LIST_GONE = "what this list was made from is gone: ask again without the cursor"
+
 
 @dataclass(frozen=True, slots=True)
 class Ranking:
@@ -111,7 +113,7 @@ class Ranker:
         if page.version != NO_VERSION and (state.active is None or digest(state.active.version) != page.version):
             raise CursorGone("the version that ranked this list is no longer active: ask again without the cursor")
         if page.feedback_through is not None and state.history.feedback_through is None and not state.degraded:
-            raise CursorGone("what this list was made from is gone: ask again without the cursor")
+            raise CursorGone(_LIST_GONE)
         return page
 
     def _ranked(self, state: State, query: Query, page: Position | None) -> Ranked:
@@ -120,6 +122,8 @@ class Ranker:
             ranked = self._lists.by_model(active, state, query, page)
             if ranked is not None:
                 return ranked
+            if page is not None:  # erased since: popular items would begin anew
+                raise CursorGone(_LIST_GONE)
         return self._lists.by_popularity(state, query, page)
 
     def _explored(
@@ -146,7 +150,7 @@ class Ranker:
     ) -> Ranking:
         items = list(zip(ranked.item_ids, ranked.scores, strict=True))
         if draws:
-            items = self._with_draws(items, draws, ranked, query.k)
+            items = self._with_draws(items, draws, ranked, query)
         active = ranked.active
         source = ranked.source
         if not items:
@@ -170,15 +174,22 @@ class Ranker:
         )
 
     def _with_draws(
-        self, items: list[tuple[str, float | None]], draws: Sequence[Draw], ranked: Ranked, k: int
+        self, items: list[tuple[str, float | None]], draws: Sequence[Draw], ranked: Ranked, query: Query
     ) -> list[tuple[str, float | None]]:
-        """Put what was drawn into its places; the last of the others make room."""
+        """Put what was drawn into its places; the last of the others make room, and those that the caps forbid now."""
         scores: list[float | None] = [None] * len(draws)
         if ranked.active is not None and ranked.encoded is not None:
             indices = ranked.active.recommender.items.indices([draw.item_id for draw in draws])
             scored = ranked.active.recommender.score_items(ranked.encoded, indices[None])[0]
             scores = [float(score) if index >= 0 else None for index, score in zip(indices, scored, strict=True)]
-        mixed = items[: k - len(draws)]
+        cap = CategoryCap(self._catalog, query.max_per_category)
+        for draw in draws:
+            cap.add(draw.item_id)
+        mixed: list[tuple[str, float | None]] = []
+        for item_id, own in items[: query.k - len(draws)]:
+            if not cap.is_full_for(item_id):
+                cap.add(item_id)
+                mixed.append((item_id, own))
         for draw, score in zip(draws, scores, strict=True):
             mixed.insert(draw.place, (draw.item_id, score))
         return mixed

@@ -137,6 +137,15 @@ def test_a_user_who_is_gone(client: TestClient, publish: Any) -> None:
     assert client.get("/users/anna/recommendations", params={"cursor": cursor}).status_code == 410
 
 
+def test_a_user_without_events_who_is_gone(client: TestClient, publish: Any) -> None:
+    publish("v1", ITEMS)
+    assert ready(client).put("/users/anna", json={}).status_code == 201
+    cursor = ask(client)["next_cursor"]
+    assert client.delete("/users/anna").status_code == 204
+    # Popular items would begin anew, and repeat what was shown.
+    assert client.get("/users/anna/recommendations", params={"cursor": cursor}).status_code == 410
+
+
 def test_what_is_no_cursor(client: TestClient, publish: Any) -> None:
     publish("v1", ITEMS)
     cursor = ask(ready(client), k=5)["next_cursor"]

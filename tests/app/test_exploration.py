@@ -153,6 +153,19 @@ def test_filters_hold_for_what_is_explored(exploring: Exploring, publish: Any) -
     assert set(came) == {"new-3", "new-4", "new-5"}
 
 
+def test_caps_hold_where_they_leave_less_to_draw_than_was_meant(exploring: Exploring, publish: Any) -> None:
+    client = exploring(exploration_share=0.5)
+    recommender = prepared(client, publish, {item_id: [f"of {item_id}"] for item_id in ITEMS})
+    ranked = [item["item_id"] for item in ask(client, k=40)["items"] if item["item_id"] in ITEMS]
+    assert ranked == recommender.items.ids(recommender.top_k([0], [[]], [[]], 40)[0][0])[: len(ranked)]
+    # One that five draws would push out, and all that can be drawn: only one of them may come.
+    publish.put_all([ranked[7], *NEW], ["shared"])
+    client.app.state.service.poll()  # type: ignore[attr-defined]
+    for _ in range(5):
+        answer = [item["item_id"] for item in ask(client, k=10, max_per_category=1)["items"]]
+        assert len({ranked[7], *NEW} & set(answer)) == 1
+
+
 def test_rarely_chosen_items_are_explored_with_their_scores(exploring: Exploring, publish: Any) -> None:
     client = exploring(exploration_share=0.4)
     recommender = publish("v1", ITEMS)
