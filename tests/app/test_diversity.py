@@ -96,7 +96,7 @@ def test_caps_look_as_far_down_as_they_must(client: TestClient, publish: Any) ->
 
 def test_caps_look_as_far_down_among_popular_items(client: TestClient, publish: Any) -> None:
     items = [f"item-{number:03}" for number in range(500)]
-    publish.catalogue(items, dict.fromkeys(items[:450], ["same"]))
+    publish.catalogue(items, {item_id: ["same"] for item_id in items[:450]})
     client.app.state.service.poll()  # type: ignore[attr-defined]
     assert ask(client, k=10, max_per_category=2) == [*items[:2], *items[450:458]]
     assert ask(client, k=10, max_per_category=2, category="same") == items[:2]
