@@ -15,6 +15,7 @@ from ml.checkpoint import load_checkpoint, save_checkpoint
 from ml.production import Reporter, Training, produce, run_command
 from ml.recipes import apply_overrides, recipe_named
 from ml.registry import Registry, VersionDamaged
+from ml.retrieval import probes_worth
 from ml.snapshots import DEFAULT_MEANINGS, PART_SCHEMA, make_snapshot, publish, write_part
 from ml.store import FolderStore
 from ml.versions import interactions_of, microseconds, rfc3339
@@ -112,6 +113,23 @@ def test_a_training_is_evaluated_refitted_and_published(store: FolderStore, tmp_
     assert (on["snapshot"], on["split"], on["interactions"]) == (snapshot, "leave-one-out", 60)
     assert on["through"] == manifest.trained_through
     assert (recommender.num_users, recommender.num_items) == (60, 32)
+
+
+def test_what_an_index_finds_is_measured_where_a_service_may_build_one(
+    store: FolderStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    snapshot = snapshot_of(store, events())
+    assert produce(training(snapshot, version="small"), str(store.path), None, Recorder()).retrieval is None
+    monkeypatch.setattr("ml.production.RETRIEVAL_MEASURED_FROM", 32)
+    produce(training(snapshot, "matrix_factorization", version="large"), str(store.path), None, Recorder())
+    recommender, manifest = Registry(store).load("large")
+    assert manifest.retrieval is not None
+    assert manifest.retrieval["recall"] == 1.0  # of 32 items, all are candidates once all lists are looked into
+    assert (manifest.retrieval["users"], manifest.retrieval["lists"]) == (60, 8)
+    exact = recommender.top_k([3], [[]], [[1]], 5)[0]
+    recommender.prepare(probes=probes_worth(manifest.retrieval))
+    assert recommender.retrieves
+    assert recommender.top_k([3], [[]], [[1]], 5)[0].tolist() == exact.tolist()
 
 
 def test_popularity_goes_the_same_way(store: FolderStore) -> None:
