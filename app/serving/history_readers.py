@@ -23,6 +23,7 @@ Asked = tuple[str, int]
 # A reader of SQLite that must wait holds up the event loop; only another process's crash makes it wait.
 SQLITE_WAIT_MS = 200
 ANSWER_SECONDS = 5.0
+ROWS_AT_A_TIME = 1_000
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND = timedelta(microseconds=1)
 
@@ -272,11 +273,16 @@ def read_whole(engine: Engine, user_id: str) -> Whole:
         if engine.dialect.name == "postgresql":
             # Before the events: what commits between the two is read again, and known by its position.
             settled = int(connection.exec_driver_sql(_POSTGRESQL_SETTLED).scalar_one())
-            rows = connection.exec_driver_sql(_POSTGRESQL_WHOLE, (user_id,)).fetchall()
+            found = connection.exec_driver_sql(_POSTGRESQL_WHOLE, (user_id,))
         else:
             settled = connection.exec_driver_sql(_SQLITE_STATE).one()[2] + 1
-            rows = connection.exec_driver_sql(_SQLITE_WHOLE, (user_id,)).fetchall()
-    columns = [list(column) for column in zip(*rows, strict=True)] if rows else [[] for _ in range(8)]
-    if engine.dialect.name == "sqlite":
-        columns[7] = np.array(columns[7], "datetime64[us]").astype(np.int64).tolist()
+            found = connection.exec_driver_sql(_SQLITE_WHOLE, (user_id,))
+        columns: list[list[Any]] = [[] for _ in range(8)]
+        # In parts, for each is worked on without letting the event loop in between.
+        for rows in found.partitions(ROWS_AT_A_TIME):
+            for column, values in zip(columns, zip(*rows, strict=True), strict=True):
+                column.extend(values)
+            if engine.dialect.name == "sqlite":
+                written = columns[7][-len(rows) :]
+                columns[7][-len(rows) :] = np.array(written, "datetime64[us]").astype(np.int64).tolist()
     return Whole(settled, *columns)
