@@ -148,6 +148,11 @@ class Candidates:
         """How many changes of the catalogue the next request has to follow."""
         return self._catalog.revision - self._every.revision
 
+    @property
+    def unseen_count(self) -> int:
+        """How many of `unseen` there were at the last request."""
+        return len(self._unseen)
+
     def unseen(self) -> list[str]:
         """Items that may be shown and that the version was not trained on, in the order they came."""
         self.allowed()

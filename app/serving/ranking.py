@@ -22,6 +22,7 @@ from app.serving.recommendation_log import RecommendationLog, Shown, new_id
 QUICK_SECONDS = 0.002
 QUICK_CATALOG = 50_000
 QUICK_CHANGES = 100
+QUICK_UNSEEN = 1_000
 
 _LIST_GONE = "what this list was made from is gone: ask again without the cursor"
 
@@ -76,6 +77,8 @@ class Ranker:
             and not self._explorer.explores
             and (active is None or active.seconds <= QUICK_SECONDS)
             and (active is None or active.candidates.changes_behind <= QUICK_CHANGES)
+            # A category may leave less than is asked for, and then every unseen item is looked at.
+            and (active is None or not query.categories or active.candidates.unseen_count <= QUICK_UNSEEN)
             and len(self._catalog) <= QUICK_CATALOG
         )
 

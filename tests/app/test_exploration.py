@@ -13,7 +13,9 @@ from sqlalchemy.engine import Engine
 from app.main import create_app
 from app.serving.diversity import CategoryCap
 from app.serving.exploration import Affinity, seed_of
+from app.serving.filters import CategoryFilter
 from app.serving.histories import History
+from app.serving.query import Query
 from app.settings import Settings
 from app.tables import recommendation_log
 
@@ -204,3 +206,16 @@ def test_unseen_items_fill_what_the_version_cannot(client: TestClient, publish: 
     rest = ask(client, categories_any=["a", "b"], k=2, cursor=answer["next_cursor"])
     assert [item["item_id"] for item in answer["items"] + rest["items"]] == ["item-01", "new-2", "new-1", "new-0"]
     assert rest["next_cursor"] is None
+
+
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+def test_looking_at_many_unseen_items_is_not_quick(client: TestClient, publish: Any) -> None:
+    publish("v1", ITEMS)
+    ranker = client.app.state.service.ranker  # type: ignore[attr-defined]
+    rare = Query(categories=CategoryFilter(all=frozenset(["rare"])))
+    for count, quick in ((1_000, True), (1_001, False)):
+        publish.catalogue([f"new-{number}" for number in range(count)])
+        client.app.state.service.poll()  # type: ignore[attr-defined]
+        ask(client)
+        # The list of a category may end in any of them; that of all items does not come so far.
+        assert (ranker.is_quick(rare), ranker.is_quick(Query())) == (quick, True)
