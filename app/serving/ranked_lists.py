@@ -29,8 +29,9 @@ Floats = npt.NDArray[np.float32]
 
 # Of the items that no version was trained on, so many at most may fill the end of a list.
 MOST_UNSEEN = 10_000
-# So many lists are kept with a history.
+# So many lists are kept with a history, none of them longer: together they take up to 7 KB of it.
 KEPT_LISTS = 2
+LONGEST_KEPT = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,9 +72,9 @@ class RankedLists:
         """Rank by a version; None where it knows nothing of the user, or may show nothing.
 
         Nothing else enters a simple list than version, history, query and catalogue: what they gave is kept with the
-        history, for as long as all four are the same.
+        history, if it is short, for as long as all four are the same.
         """
-        if page is not None or not query.is_simple or self._resurfacing.is_on:
+        if page is not None or not query.is_simple or query.k > LONGEST_KEPT or self._resurfacing.is_on:
             return self._by_model(active, state, query, page)
         kept, key, revision = state.history.kept, (active.version, query), self._catalog.revision
         found: tuple[int, Ranked] | None = kept.get(key)
