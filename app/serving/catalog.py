@@ -105,13 +105,14 @@ class Catalog:
             if newer:
                 self._erase([(row.sequence, row.kind, row.subject_sha256) for row in newer])
             statement = _ITEMS if since is None else _ITEMS.where(items.c.updated_at >= since)
-            rows = connection.execute(statement.execution_options(yield_per=10_000))
-            for item_id, hidden, categories, created_at, updated_at in rows:
-                if self._updated_through is None or updated_at > self._updated_through:
-                    self._updated_through = updated_at
-                entry = Entry(hidden, tuple(categories), created_at)
-                if self.entries.get(item_id) != entry:
-                    self._put(item_id, entry)
+            # Closed also where the connection breaks in between, which leaves the database's cursor to nobody else.
+            with connection.execute(statement.execution_options(yield_per=10_000)) as rows:
+                for item_id, hidden, categories, created_at, updated_at in rows:
+                    if self._updated_through is None or updated_at > self._updated_through:
+                        self._updated_through = updated_at
+                    entry = Entry(hidden, tuple(categories), created_at)
+                    if self.entries.get(item_id) != entry:
+                        self._put(item_id, entry)
             self.loaded = True
 
     def _put(self, item_id: str, entry: Entry) -> None:
