@@ -38,7 +38,7 @@ bench-serving: setup ## Measure one worker on one core beside an empty endpoint 
 	PYTHONPATH=. $(BIN)/python benchmarks/serving.py $(if $(MINUTES),--minutes $(MINUTES))
 
 bench-diversity: setup ## Measure what diversity costs on MovieLens 100K in DATA
-	$(BIN)/python benchmarks/diversity.py --data $(DATA) --write docs/diversity.md
+	$(if $(DATA),,$(error name the data: make $@ DATA=DIR))$(BIN)/python benchmarks/diversity.py --data $(DATA) --write docs/diversity.md
 
 bench-import: setup ## Measure importing 1,000,000 events into SQLite, and how long feedback waits meanwhile
 	$(BIN)/python benchmarks/import_speed.py
@@ -53,7 +53,7 @@ bench-loading: setup ## Measure the way from a snapshot of 20,000,000 events to 
 	$(BIN)/python benchmarks/loading.py
 
 bench-warm-start: setup ## Measure a warm start on sequences in DATA beside a full training, five seeds; goes on from where it ended
-	$(BIN)/python benchmarks/warm_start.py --data $(DATA) --results warm-start.jsonl
+	$(if $(DATA),,$(error name the data: make $@ DATA=DIR))mkdir -p build && $(BIN)/python benchmarks/warm_start.py --data $(DATA) --results build/warm-start.jsonl
 
 bench-ranking: setup ## Measure how fast the best of 1,000,000 items are found, beside plain ways to find them
 	OMP_NUM_THREADS=1 PYTHONPATH=. $(BIN)/python benchmarks/ranking.py
