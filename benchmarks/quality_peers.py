@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=os.environ.get("SHORTLIST_DATA"), help="the data sets' folder")
     parser.add_argument("--python", help="the interpreter that has RecBole; PEER_PYTHON where left out")
     parser.add_argument("--only", action="append", help="run those that begin so, such as ml-100k or ml-100k/NeuMF")
-    parser.add_argument("--hours", type=float, default=2.0, help="at most so long a model")
+    parser.add_argument("--hours", type=float, default=2.0, help="of processor time, at most so many a model")
     parser.add_argument("--again", action="store_true", help="also run what has its line already")
     options = parser.parse_args()
     python = peer_python(options.python)
