@@ -1,6 +1,6 @@
-"""A model whose weights are final, prepared to rank for one user at a time."""
+"""A model whose weights are final, prepared to rank for a few users at a time."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal, get_args
 
 import numpy as np
@@ -10,10 +10,10 @@ from torch import Tensor
 
 from ml.gathering import Gathering
 from ml.inner_product_screen import InnerProductScreen
-from ml.models import InnerProducts, NeuMF, RankingModel, SingleEncoder
+from ml.models import FewEncoder, InnerProducts, NeuMF, RankingModel
 from ml.neumf_screen import NeuMFScreen
 from ml.retrieval import Retrieval, candidate_count
-from ml.screening import SPARE, Floats, Indices, Screened, best_of, screened_top, whole_products_are_exact
+from ml.screening import SPARE, Floats, Indices, Screened, best_of, best_of_each, screened_top, whole_products_are_exact
 
 # Catalogues from which on a screen finds the best items sooner than scores of all do; see docs/performance.md.
 PRODUCTS_SCREENED_FROM = 50_000
@@ -58,7 +58,7 @@ class Prepared:
         self._retrieval: Retrieval | None = None
         self._products: InnerProducts | None = None
         with torch.inference_mode():
-            self._encoder: SingleEncoder | None = model.single_encoder()
+            self._encoder: FewEncoder | None = model.few_encoder()
             products = model.inner_products()
             if products is not None:
                 products = self._products = products.as_products()
@@ -84,19 +84,19 @@ class Prepared:
         """Whether an index gives the candidates."""
         return self._retrieval is not None
 
-    def encode(self, user: int, window: Indices) -> Tensor | None:
-        """What the model knows of one user, (1, width); None if the model itself is as fast."""
-        if self._encoder is None:
+    def encode(self, users: Indices, windows: Indices) -> Tensor | None:
+        """What the model knows of users (batch,) with these windows, (batch, width); None if itself it is as fast."""
+        if self._encoder is None or len(users) > MOST_TOGETHER:
             return None
-        return torch.from_numpy(self._encoder(user, window))[None]
+        return torch.from_numpy(self._encoder(users, windows))
 
     def top(
         self, encoded: Tensor, excluded: Indices, k: int, allowed: npt.NDArray[np.bool_] | None
     ) -> tuple[Indices, Floats]:
         """The k best items of one encoded user, (1, width), and their scores; fewer where fewer remain."""
         if self.is_exhaustive:
-            self._on_ranked("scored")
-            return self._best_of_all(encoded, excluded, k, allowed)
+            items, values = self.top_of_all(encoded, [excluded], k, allowed)
+            return items[0][items[0] >= 0], values[0][items[0] >= 0]
         excluded = np.sort(excluded)
 
         rescore = self._exactly(encoded)
@@ -130,16 +130,28 @@ class Prepared:
             pool = int((k + len(excluded)) / share) + SPARE
             found = screened_top(self._screen, encoded, rescore, may_show, k, pool)
         self._on_ranked("starved" if starved else "scored" if found is None else "screened")
-        return self._best_of_all(encoded, excluded, k, allowed) if found is None else found
-
-    def _best_of_all(
-        self, encoded: Tensor, excluded: Indices, k: int, allowed: npt.NDArray[np.bool_] | None
-    ) -> tuple[Indices, Floats]:
+        if found is not None:
+            return found
         scores = self._scores(encoded)
         if allowed is not None:
-            scores[~allowed] = _NEVER
-        scores[excluded] = _NEVER
-        return best_of(scores, k)
+            scores[:, ~allowed] = _NEVER
+        scores[0, excluded] = _NEVER
+        return best_of(scores[0], k)
+
+    def top_of_all(
+        self, encoded: Tensor, excluded: Sequence[Indices], k: int, allowed: npt.NDArray[np.bool_] | None
+    ) -> tuple[Indices, Floats]:
+        """The k best items of encoded users, (batch, width), from the scores of all: (batch, k), and their scores.
+
+        As `best_of_each` gives them. What a user gets does not depend, to the last bit, on the company.
+        """
+        scores = self._scores(encoded)
+        if allowed is not None and not allowed.all():
+            scores[:, ~allowed] = _NEVER
+        for own, items in zip(scores, excluded, strict=True):
+            own[items] = _NEVER
+            self._on_ranked("scored")
+        return best_of_each(scores, k)
 
     def _exactly(self, encoded: Tensor) -> Callable[[Indices], Floats]:
         """What scores some items for one user."""
@@ -164,15 +176,21 @@ class Prepared:
         return by_product
 
     def _scores(self, encoded: Tensor) -> Floats:
-        """Scores of all items for one user, (num_items,), for the caller to change."""
+        """Scores of all items for each user, (batch, num_items), for the caller to change."""
+        scores = np.empty((len(encoded), self._model.num_items), np.float32)
         if self._products is None:
-            # Popularity gives its own counts.
-            scores: Floats = self._model.score_all(encoded)[0].float().numpy().copy()
+            for row, own in enumerate(scores):
+                own[:] = self._model.score_all(encoded[row : row + 1])[0].float().numpy()
             return scores
-        query, offset = self._products.query(encoded[0])
-        scores = self._vectors @ query.numpy()
+        # One product for all would take hardly less time, and round otherwise in other company.
+        if self._products.is_distance:
+            for user, own in zip(encoded, scores, strict=True):
+                query, offset = self._products.query(user)
+                np.dot(self._vectors, query.numpy(), out=own)
+                own += np.float32(offset)
+        else:
+            for numbers, own in zip(encoded.numpy(), scores, strict=True):
+                np.dot(self._vectors, numbers, out=own)
         if self._biases is not None:
             scores += self._biases
-        if offset:
-            scores += np.float32(offset)
         return scores

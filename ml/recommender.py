@@ -14,7 +14,7 @@ from ml.fold_in import MAX_EVENTS, FoldIn
 from ml.ids import IdMap
 from ml.interactions import Interactions
 from ml.models import RankingModel
-from ml.prepared import Prepared, Way
+from ml.prepared import MOST_TOGETHER, Prepared, Way
 from ml.screening import ScoresNotNumbers
 
 __all__ = ["Recommender", "ScoresNotNumbers", "best", "windows_from_histories", "windows_from_interactions"]
@@ -199,20 +199,22 @@ class Recommender:
         """
         if k < 1:
             raise ValueError("k must be at least 1")
+        outs = [np.asarray(items, np.int64) for items in excluded]
+        outs = [out if not len(out) or out.min() >= 0 else out[out >= 0] for out in outs]
         with torch.inference_mode():
+            if self._prepared is not None and self._prepared.is_exhaustive and len(encoded) <= MOST_TOGETHER:
+                return self._prepared.top_of_all(encoded, outs, k, allowed)
             chosen = np.full((len(encoded), k), UNKNOWN, np.int64)
             kept = np.full((len(encoded), k), _NEVER, np.float32)
-            if self._prepared is not None and (len(encoded) == 1 or not self._prepared.is_exhaustive):
-                for row, items in enumerate(excluded):
-                    out = np.asarray(items, np.int64)
-                    found, values = self._prepared.top(encoded[row : row + 1], out[out >= 0], k, allowed)
+            if self._prepared is not None and not self._prepared.is_exhaustive:
+                for row, out in enumerate(outs):
+                    found, values = self._prepared.top(encoded[row : row + 1], out, k, allowed)
                     chosen[row, : len(found)], kept[row, : len(found)] = found, values
                 return chosen, kept
             scores = self._all_scores(encoded)
-            for row, items in enumerate(excluded):
-                out = np.asarray(items, np.int64)
+            for row, out in enumerate(outs):
                 if len(out):
-                    scores[row, torch.from_numpy(out[out >= 0]).to(self.device)] = _NEVER
+                    scores[row, torch.from_numpy(out).to(self.device)] = _NEVER
             if allowed is not None:
                 scores.masked_fill_(torch.from_numpy(~allowed).to(self.device), _NEVER)
             best_values, indices = best(scores, k)
@@ -259,10 +261,8 @@ class Recommender:
             if self.model.fits_strangers:
                 return self._encode_strangers(users, windows, strangers)
             users = np.where(strangers, self.num_users, users)
-        if self._prepared is not None and len(users) == 1:
-            encoded_alone = self._prepared.encode(int(users[0]), windows[0])
-            if encoded_alone is not None:
-                return encoded_alone
+        if self._prepared is not None and (few := self._prepared.encode(users, windows)) is not None:
+            return few
         with torch.inference_mode():
             encoded: Tensor = self.model.encode(
                 torch.from_numpy(users).to(self.device), torch.from_numpy(windows).to(self.device)

@@ -109,6 +109,35 @@ def best_of(scores: Floats, k: int, items: Indices | None = None) -> tuple[Indic
     return found[order], values[order]
 
 
+def best_of_each(scores: Floats, k: int) -> tuple[Indices, Floats]:
+    """Find the k highest of each row of scores (batch, n) as `best_of` does: items and their scores, (batch, k).
+
+    Items are -1 and scores minus infinity where fewer than k are above minus infinity. Raises ScoresNotNumbers.
+    """
+    batch, count = scores.shape
+    items, values = np.full((batch, k), -1, np.int64), np.full((batch, k), _NEVER)
+    if not count:
+        return items, values
+    last = max(count - k, 0)
+    highest = np.partition(scores, last, axis=1)[:, last:]
+    if np.isnan(highest).any():  # the highest of all to partition
+        raise ScoresNotNumbers
+    floors = highest[:, 0]
+    flat = scores.reshape(-1)
+    found = np.flatnonzero(scores >= floors[:, None])
+    own = flat[found]
+    if floors.min() == _NEVER:
+        found, own = found[own > _NEVER], own[own > _NEVER]
+    rows = found // count
+    found = found[np.lexsort((found, -own, rows))]  # the rows stay where they are
+    places = np.arange(len(found)) - np.searchsorted(rows, np.arange(batch))[rows]
+    if len(found) > batch * k:  # ties at the end of a list
+        inside = places < k
+        found, rows, places = found[inside], rows[inside], places[inside]
+    items[rows, places], values[rows, places] = found - rows * count, flat[found]
+    return items, values
+
+
 @functools.cache
 def whole_products_are_exact() -> bool:
     """Whether this processor multiplies bytes into whole numbers without losing any: some cut off large sums."""

@@ -14,13 +14,14 @@ from ml.models.caser import Caser, CaserConfig
 from ml.models.matrix_factorization import MatrixFactorization, MatrixFactorizationConfig
 from ml.models.neumf import NeuMF, NeuMFConfig
 from ml.models.popularity import Popularity, PopularityConfig
-from ml.models.ranking_model import InnerProducts, RankingModel, SingleEncoder
+from ml.models.ranking_model import FewEncoder, InnerProducts, RankingModel
 
 __all__ = [
     "CONFIGS",
     "MODELS",
     "Caser",
     "CaserConfig",
+    "FewEncoder",
     "InnerProducts",
     "MatrixFactorization",
     "MatrixFactorizationConfig",
@@ -30,7 +31,6 @@ __all__ = [
     "Popularity",
     "PopularityConfig",
     "RankingModel",
-    "SingleEncoder",
     "build_model",
     "grown_from",
     "read_config",

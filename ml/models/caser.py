@@ -102,7 +102,7 @@ class Caser(RankingModel):
     def item_vectors(self, items: Tensor) -> Tensor:
         return self._targets(items)
 
-    def single_encoder(self) -> CaserEncoder:
+    def few_encoder(self) -> CaserEncoder:
         return CaserEncoder(self)
 
     def inner_products(self) -> InnerProducts:

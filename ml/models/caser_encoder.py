@@ -1,4 +1,4 @@
-"""Caser for one user at a time: the same numbers from few, small steps."""
+"""Caser for a few users at a time: the same numbers from few, small steps."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ Floats = npt.NDArray[np.float32]
 class CaserEncoder:
     """What `Caser.encode` computes, in numpy, from weights that rest.
 
-    A step of PyTorch takes microseconds before it computes anything, and one user is little to compute. So the
-    horizontal filters become one matrix over the whole window, and what is added to both is added once.
+    A step of PyTorch takes microseconds before it computes anything, and a few users are little to compute. So the
+    horizontal filters become one matrix over the whole window, and what is added to both is added once. Each user is
+    multiplied by the matrices alone: that takes hardly longer than a product for all, and rounds alike in any company.
     """
 
     def __init__(self, model: Caser) -> None:
@@ -36,7 +37,7 @@ class CaserEncoder:
         self._horizontal, self._horizontal_bias = np.concatenate(rows), np.concatenate(added)
         heights = np.arange(length, 0, -1)
         self._first_places = np.cumsum(heights) - heights
-        self._sums = (len(rows), filters)
+        self._filters = filters
         vertical = _numbers(model.vertical.weight)
         fused = _numbers(model.fused.weight)
         whole = fused[:, length * filters :].reshape(len(fused), width, vertical_filters)
@@ -51,24 +52,33 @@ class CaserEncoder:
             # The filter that goes straight to the score is one more vertical one.
             self._vertical = np.concatenate((vertical, _numbers(model.straight.weight)))
 
-    def __call__(self, user: int, window: npt.NDArray[np.int64]) -> Floats:
-        """Encode a user, -1 if nobody has seen them, and their window, (window_length,)."""
-        image = self._items[window]
-        sums = self._horizontal @ image.ravel()
+    def __call__(self, users: npt.NDArray[np.int64], windows: npt.NDArray[np.int64]) -> Floats:
+        """Encode users (batch,), -1 where nobody has seen them, and their windows (batch, window_length)."""
+        count = len(users)
+        images = self._items[windows]
+        sums = _each(self._horizontal, images.reshape(count, -1))
         sums += self._horizontal_bias
-        highest = np.maximum.reduceat(sums.reshape(self._sums), self._first_places, axis=0).ravel()
-        vertical = self._vertical @ image
-        sequence = self._fused @ np.maximum(highest, 0, out=highest)
-        sequence += self._fused_vertical @ vertical[: self._vertical_filters].ravel()
-        sequence += self._fused_bias
-        np.maximum(sequence, 0, out=sequence)
+        highest = np.maximum.reduceat(sums.reshape(count, -1, self._filters), self._first_places, axis=1)
+        vertical = self._vertical @ images
+        sequences = _each(self._fused, np.maximum(highest, 0, out=highest).reshape(count, -1))
+        sequences += _each(self._fused_vertical, vertical[:, : self._vertical_filters].reshape(count, -1))
+        sequences += self._fused_bias
+        np.maximum(sequences, 0, out=sequences)
         if self._projection is None:
-            return np.concatenate((sequence, self._users[user]))
-        encoded: Floats = self._projection @ sequence
+            return np.concatenate((sequences, self._users[users]), 1)
+        encoded = _each(self._projection, sequences)
         encoded += self._projection_bias
-        encoded += vertical[-1]
-        encoded += self._users[user]
+        encoded += vertical[:, -1]
+        encoded += self._users[users]
         return encoded
+
+
+def _each(matrix: Floats, vectors: Floats) -> Floats:
+    """The product of a matrix (m, n) with each of some vectors (batch, n): (batch, m)."""
+    products = np.empty((len(vectors), len(matrix)), np.float32)
+    for vector, product in zip(vectors, products, strict=True):
+        np.dot(matrix, vector, out=product)
+    return products
 
 
 def _numbers(weight: Tensor) -> Floats:

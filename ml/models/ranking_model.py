@@ -11,10 +11,13 @@ import torch
 from torch import Tensor, nn
 
 
-class SingleEncoder(Protocol):
-    """Encodes one user, -1 for one that nobody has seen, and their window (window_length,): numbers (d,)."""
+class FewEncoder(Protocol):
+    """Encodes a few users (batch,), -1 for one that nobody has seen, and their windows (batch, window_length).
 
-    def __call__(self, user: int, window: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]: ...
+    Gives numbers (batch, d); those of a user do not depend, to the last bit, on the company.
+    """
+
+    def __call__(self, users: npt.NDArray[np.int64], windows: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]: ...
 
 
 @dataclass(frozen=True)
@@ -100,8 +103,8 @@ class RankingModel(nn.Module):
         scores = pair_scores(encoded, products.vectors)
         return scores if products.biases is None else scores + products.biases
 
-    def single_encoder(self) -> SingleEncoder | None:
-        """Something faster than `encode` for one user at a time, once the weights rest; None if there is nothing."""
+    def few_encoder(self) -> FewEncoder | None:
+        """Something faster than `encode` for a few users at a time, once the weights rest; None if there is nothing."""
         return None
 
     def inner_products(self) -> InnerProducts | None:

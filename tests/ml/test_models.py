@@ -250,15 +250,17 @@ def test_impossible_sizes_are_refused() -> None:
 
 
 @pytest.mark.parametrize("shared", [True, False])
-def test_caser_encodes_one_user_as_it_does_a_batch(shared: bool) -> None:
+def test_caser_encodes_a_few_users_as_it_does_a_batch(shared: bool) -> None:
     model = build_model("caser", 4, 30, {"factors": 6, "window_length": 4, "shared_items": shared}).eval()
     for weight in model.state_dict().values():
         weight.normal_()
     windows = torch.randint(0, 31, (5, 4))
     users = tensor([0, 3, 2, -1, 4])
-    alone = model.single_encoder()
-    assert alone is not None
+    few = model.few_encoder()
+    assert few is not None
     with torch.no_grad():
         expected = model.encode(users, windows)
-    for user, window, numbers in zip(users.tolist(), windows.numpy(), expected.numpy(), strict=True):
-        np.testing.assert_allclose(alone(user, window), numbers, rtol=1e-4, atol=1e-4)
+    together = few(users.numpy(), windows.numpy())
+    np.testing.assert_allclose(together, expected.numpy(), rtol=1e-4, atol=1e-4)
+    for row in range(len(users)):
+        assert np.array_equal(few(users.numpy()[row : row + 1], windows.numpy()[row : row + 1])[0], together[row])

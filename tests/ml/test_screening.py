@@ -16,7 +16,7 @@ from ml.inner_product_screen import InnerProductScreen
 from ml.models import RankingModel, build_model
 from ml.neumf_screen import NeuMFScreen
 from ml.recommender import Recommender
-from ml.screening import GROUP, ScoresNotNumbers, best_of
+from ml.screening import GROUP, ScoresNotNumbers, best_of, best_of_each
 
 MODELS = {
     "caser": ("caser", {"factors": 16}),
@@ -163,10 +163,28 @@ def test_exclusions_masks_and_ties_are_kept_to(name: str, question: tuple[int, i
     assert (values[0, len(expected) :] == -np.inf).all()
 
 
-def test_scores_that_are_no_numbers_are_refused() -> None:
+@pytest.mark.parametrize("name", MODELS)
+def test_users_ranked_together_get_what_they_get_alone(name: str) -> None:
+    plain, fast = recommender(drawn(name, 5, 300)), recommender(drawn(name, 5, 300))
+    fast.prepare()
+    users, histories, excluded = [3, 0, 4], [[1, 2], [], [5] * 40], [[7, -1], [], [*range(290)]]
+    allowed = np.arange(300) != 8
+    encoded = fast.encode(users, histories)
+    together = fast.top(encoded, excluded, 20, allowed)
+    for row in range(3):
+        alone = fast.top(encoded[row : row + 1], excluded[row : row + 1], 20, allowed)
+        for part, own in zip(together, alone, strict=True):
+            assert np.array_equal(part[row], own[0])
+    items, scores = plain.top(plain.encode(users, histories), excluded, 20, allowed)
+    assert np.array_equal(together[0], items)
+    np.testing.assert_allclose(together[1], scores, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("screened_from", [1, 301])
+def test_scores_that_are_no_numbers_are_refused(screened_from: int) -> None:
     for name in ("caser", "neumf"):
         fast = recommender(drawn(name, 2, 300))
-        fast.prepare(screened_from=1)
+        fast.prepare(screened_from=screened_from)
         encoded = fast.encode([0], [[1]]).clone()
         encoded[0, 0] = float("nan")
         with pytest.raises(ScoresNotNumbers, match="lower learning rate"):
@@ -179,3 +197,14 @@ def test_the_best_of_a_row() -> None:
     assert best_of(scores, 9)[0].tolist() == [1, 3, 5, 0, 4]
     assert best_of(scores, 2, np.array([9, 8, 7, 6, 5, 4]))[0].tolist() == [5, 3]
     assert best_of(scores[:0], 2)[0].tolist() == []
+
+
+def test_the_best_of_each_row() -> None:
+    scores = np.array([[1, 3, -np.inf, 3, 0, 3], [0, -np.inf, -np.inf, 5, -np.inf, 0]], np.float32)
+    items, values = best_of_each(scores, 2)
+    assert items.tolist() == [[1, 3], [3, 0]]
+    assert values.tolist() == [[3, 3], [5, 0]]
+    items, values = best_of_each(scores, 7)
+    assert items.tolist() == [[1, 3, 5, 0, 4, -1, -1], [3, 0, 5, -1, -1, -1, -1]]
+    assert values[1].tolist() == [5, 0, 0] + [-np.inf] * 4
+    assert best_of_each(scores[:, :0], 2)[0].tolist() == [[-1, -1]] * 2
