@@ -20,6 +20,7 @@ from ml.store import StoreUnavailable
 
 MEDIA_TYPE = "application/problem+json"
 RETRY_AFTER_SECONDS = 2
+DATABASE_ERRORS = (DBAPIError, PoolTimeout)
 MAX_ERRORS_SHOWN = 100
 
 log = structlog.get_logger(__name__)
@@ -105,8 +106,8 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(Problem, _problem)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http)
-    app.add_exception_handler(DBAPIError, _database)
-    app.add_exception_handler(PoolTimeout, _database)
+    for kind in DATABASE_ERRORS:
+        app.add_exception_handler(kind, database_problem)
     app.add_exception_handler(StoreUnavailable, _store)
     app.add_exception_handler(Exception, _unexpected)
     describe = app.openapi
@@ -200,7 +201,8 @@ async def _http(request: Request, error: Exception) -> Response:
     return Problem(status, detail=str(error.detail), headers=headers).response()
 
 
-async def _database(request: Request, error: Exception) -> Response:
+async def database_problem(request: Request, error: Exception) -> Response:
+    """What a request is answered that met one of DATABASE_ERRORS."""
     if is_outage(error):
         names = {"error": type(error).__name__, "reason": outage_reason(error)}
         await log.awarning("database unavailable", path=request.url.path, **names)

@@ -17,7 +17,7 @@ from app.identifiers import EventId, EventType, ItemId, Metadata, UserId, explai
 from app.security import Feedback
 from app.serving.event_store import NewEvent, Outcome
 from app.serving.feedback_writer import OverloadedError, StoppedError
-from app.serving.service import ServiceDep
+from app.serving.service import Service, ServiceDep
 from ml.snapshots import RETRACT
 
 router = APIRouter(tags=["feedback"])
@@ -159,7 +159,14 @@ async def feedback(request: Request, service: ServiceDep, _: Feedback) -> Respon
     as `stored` was committed before the answer. 201 if any event was stored, 200 if none was but some were known
     already, else 422."""
     _require_json(request)
-    body = await request.body()
+    return await answer(service, await request.body())
+
+
+POST = router.routes[-1]
+
+
+async def answer(service: Service, body: bytes) -> Response:
+    """Store what a body of JSON holds, and tell what became of it. Raises Problem."""
     # A long body takes so long to judge that others would notice.
     judged = _read(body) if len(body) <= MAX_BYTES_AT_ONCE else await run_in_threadpool(_read, body)
     events = [event for event in judged if isinstance(event, NewEvent)]
@@ -226,7 +233,7 @@ def _usable_id(row: Any) -> str | None:
     return given if isinstance(given, str) and len(given) <= 255 and given.isprintable() else None
 
 
-async def _store(service: ServiceDep, events: Sequence[NewEvent]) -> list[Outcome]:
+async def _store(service: Service, events: Sequence[NewEvent]) -> list[Outcome]:
     if not events:
         return []
     try:

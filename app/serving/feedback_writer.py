@@ -58,6 +58,7 @@ class FeedbackWriter:
         self._known = KnownSubjects()
         self._rows = 0
         self._stopping = False
+        self._waking = False  # touched by the event loop alone
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="feedback-writer", daemon=True)
 
@@ -89,8 +90,16 @@ class FeedbackWriter:
                 raise OverloadedError
             self._waiting.append(request)
             self._rows += len(events)
-            self._changed.notify()
+        if not self._waking:
+            # Not yet: requests that came in the same round of the loop are to share the commit.
+            self._waking = True
+            loop.call_soon(self._wake)
         return await request.answer
+
+    def _wake(self) -> None:
+        self._waking = False
+        with self._changed:
+            self._changed.notify()
 
     def _take(self) -> list[_Request]:
         with self._changed:

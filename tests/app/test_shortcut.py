@@ -1,5 +1,6 @@
 """The short way answers as the long way does, or leaves the answer to it."""
 
+import json
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any
@@ -138,3 +139,69 @@ def test_remembered_queries_are_bounded(shop: TestClient) -> None:
     assert list(service.known_queries) == [b"k=7"]
     shop.get(f"/users/anna/recommendations?exclude={'x' * 250}")
     assert list(service.known_queries) == [b"k=7"]
+
+
+CLICK = {"event_id": "e-1", "user_id": "anna", "item_id": "item-30", "type": "click"}
+
+
+@pytest.mark.parametrize(
+    ("content", "statuses"),
+    [
+        (json.dumps(CLICK), [201, 200]),
+        (json.dumps([CLICK, CLICK | {"event_id": "e-2"}, CLICK | {"user_id": "a/b"}]), [201, 200]),
+        (json.dumps(CLICK | {"item_id": None}), [422, 422]),
+        (json.dumps(CLICK | {"surplus": 1}), [422, 422]),
+        ("[]", [422, 422]),
+        ("{", [422, 422]),
+        ("", [422, 422]),
+        (b"\xff", [422, 422]),
+        (json.dumps(CLICK | {"context": {"text": "x" * 2_000_000}}), [413, 413]),
+    ],
+)
+def test_feedback_is_answered_alike(
+    shop: TestClient, engine: Engine, content: str | bytes, statuses: list[int]
+) -> None:
+    key = create_key(engine, "shop").key
+    headers = {"Authorization": f"Bearer {key}", "X-Request-ID": "mine-1", "Content-Type": "application/json"}
+    shop.get("/users/anna/recommendations", headers=headers)  # the key is known now
+    short = shop.post("/feedback", content=content, headers=headers)
+    long = shop.post(
+        "/feedback", content=content, headers=headers | {"Content-Type": "application/json; charset=utf-8"}
+    )
+    assert [short.status_code, long.status_code] == statuses
+    assert short.headers["content-type"] == long.headers["content-type"]
+    assert short.headers["x-request-id"] == long.headers["x-request-id"] == "mine-1"
+    if not short.is_success:
+        assert short.json() == long.json()
+    else:
+        replaced = {"stored": "duplicate", "rejected": "rejected"}
+        assert [result | {"outcome": replaced[result["outcome"]]} for result in short.json()["results"]] == long.json()[
+            "results"
+        ]
+
+
+def test_feedback_in_pieces_is_put_together(shop: TestClient, engine: Engine) -> None:
+    key = create_key(engine, "shop").key
+    headers = {"Authorization": f"Bearer {key}", "Content-Type": "application/json"}
+    shop.get("/users/anna/recommendations", headers=headers)
+    body = json.dumps(CLICK).encode()
+    # A length makes it plain; without one it comes in chunks, by the long way.
+    for given in (headers | {"Content-Length": str(len(body))}, headers):
+        pieces = (body[start : start + 20] for start in range(0, len(body), 20))
+        answer = shop.post("/feedback", content=pieces, headers=given)
+        assert answer.is_success, answer.text
+
+
+def test_feedback_needs_its_scope(shop: TestClient, engine: Engine) -> None:
+    reader = create_key(engine, "reader", ["recommend"]).key
+    writer = create_key(engine, "writer", ["feedback"]).key
+    for key, expected in ((reader, [403, 403]), (writer, [201, 200])):
+        headers = {"Authorization": f"Bearer {key}"}
+        statuses = [shop.post("/feedback", json=CLICK, headers=headers).status_code for _ in range(2)]
+        assert statuses == expected
+    both = {"Authorization": f"Bearer {writer}", "X-API-Key": "sl_other"}
+    assert shop.post("/feedback", json=CLICK, headers=both).status_code == 200
+    line = 'shortlist_requests_total{method="POST",route="/feedback",status="200"} 2.0'
+    assert (
+        line in shop.get("/metrics", headers={"Authorization": f"Bearer {create_key(engine, 'a', ['admin']).key}"}).text
+    )
