@@ -12,8 +12,8 @@ from app.body_limit import BodyLimit
 from app.routes import admin, catalog, feedback, health, popular, recommendations, sessions, similar
 from app.serving.service import build_service
 from app.settings import Settings
-from app.shortcut import Shortcut
-from app.telemetry import RequestTelemetry
+from app.shortcut import Application, Shortcut
+from app.telemetry import RequestCounts, RequestTelemetry
 
 DESCRIPTION = """Post what people do, ask for what to show them, retrain when you like.
 
@@ -34,7 +34,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         service.histories.close()
         await run_in_threadpool(service.stop)
 
-    app = FastAPI(
+    app = Application(
         title="Shortlist",
         version="0.1.0",
         description=DESCRIPTION,
@@ -50,8 +50,9 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         limit=settings.max_body_bytes,
         larger=dict.fromkeys(catalog.IMPORT_PATHS, settings.max_import_bytes),
     )
-    app.add_middleware(Shortcut, service=service)
-    app.add_middleware(RequestTelemetry, metrics=service.metrics, access_log=settings.access_log)
+    counts = RequestCounts(service.metrics, settings.access_log)
+    app.add_middleware(RequestTelemetry, counts=counts)
+    app.shortcut = Shortcut(service, counts)
     for routes in (recommendations, sessions, feedback, popular, similar, catalog, admin, health):
         app.include_router(routes.router)
     docs_page.install(app, schemas={"Event": feedback.Event})

@@ -1,59 +1,62 @@
-"""The way of most requests for recommendations, and of feedback: past the routing, parsing and dependencies of the
-framework.
+"""The way of most requests for recommendations, and of feedback: past the framework.
 
-Those take several times what the answer itself does. Nothing is judged here that was not judged before: the key was
-looked up lately, and the same query string has passed the framework's validation. Whatever is otherwise - every error
-that is found before the answer is begun - goes the whole way, and both ways end in `recommendations.answer` or
-`feedback.answer`.
+Its middleware, routing, parsing and dependencies take several times what the answer itself does. Nothing is judged here
+that was not judged before: the key was looked up lately, and the same query string has passed the framework's
+validation. Whatever is otherwise - every error that is found before the answer is begun - goes the whole way, and both
+ways end in `Rounds.answer` or `feedback.answer`.
 """
 
+import time
+
+from fastapi import FastAPI
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
 from app.errors import DATABASE_ERRORS, Problem, database_problem
 from app.identifiers import id_problem
-from app.routes import feedback, recommendations
+from app.routes import feedback
+from app.routes.recommendations import PATH
 from app.security import Scope as KeyScope
 from app.serving.service import Service
+from app.telemetry import RequestCounts, RequestTelemetry, request_id_of
 
-_BEFORE, _AFTER = "/users/", "/recommendations"
+_BEFORE, _AFTER = PATH.split("{user_id}")
 _LONGEST_NUMBER = 18  # digits
 
 
-class Shortcut:
-    """Answers what it can; `app` answers the rest."""
+class Application(FastAPI):
+    """The framework's application, with a way past it."""
 
-    def __init__(self, app: ASGIApp, service: Service) -> None:
-        self.app = app
-        self._service = service
+    shortcut: "Shortcut | None" = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http":
-            path: str = scope["path"]
-            if scope["method"] == "GET":
-                if path.startswith(_BEFORE) and path.endswith(_AFTER):
-                    query = self._service.known_queries.get(scope["query_string"])
-                    if query is not None and self._may(scope, "recommend"):
-                        user_id = path[len(_BEFORE) : -len(_AFTER)]
-                        if id_problem(user_id) is None:
-                            scope["route"] = recommendations.GET
-                            body = await recommendations.answer(self._service, user_id, query)
-                            await _send_json(send, body)
-                            return
-            elif (
-                scope["method"] == "POST"
-                and path == "/feedback"
-                and self._is_plain(scope)
-                and self._may(scope, "feedback")
-            ):
-                scope["route"] = feedback.POST
-                sent = await _read(receive)
-                if sent is not None:
-                    response = await self._store(scope, sent)
-                    await response(scope, receive, send)
-                return
-        await self.app(scope, receive, send)
+        if self.shortcut is None or not await self.shortcut.answers(scope, receive, send):
+            await super().__call__(scope, receive, send)
+
+
+class Shortcut:
+    """Answers what it can."""
+
+    def __init__(self, service: Service, counts: RequestCounts) -> None:
+        self._service = service
+        self._counts = counts
+        self._feedback = RequestTelemetry(self._take_feedback, counts)
+
+    async def answers(self, scope: Scope, receive: Receive, send: Send) -> bool:
+        """Answer a request and return True, or leave it as it is."""
+        if scope["type"] != "http":
+            return False
+        path: str = scope["path"]
+        if scope["method"] == "GET":
+            if path.startswith(_BEFORE) and path.endswith(_AFTER):
+                return await self._recommends(scope, path[len(_BEFORE) : -len(_AFTER)], send)
+        elif (
+            scope["method"] == "POST" and path == "/feedback" and self._is_plain(scope) and self._may(scope, "feedback")
+        ):
+            await self._feedback(scope, receive, send)
+            return True
+        return False
 
     def _may(self, scope: Scope, wanted: KeyScope) -> bool:
         """Whether the request brings one key, in the usual header, that was looked up lately and has the scope."""
@@ -70,6 +73,35 @@ class Shortcut:
         caller = self._service.keys.known(key.decode("latin-1"))
         return caller is not None and caller.may(wanted)
 
+    # --- recommendations -----------------------------------------------------------------------------------------
+
+    async def _recommends(self, scope: Scope, user_id: str, send: Send) -> bool:
+        service = self._service
+        query = service.known_queries.get(scope["query_string"])
+        if query is None or not service.ranker.is_quick(query) or not self._may(scope, "recommend"):
+            return False
+        if id_problem(user_id) is not None:
+            return False
+        started = time.perf_counter()
+        try:
+            body = await service.rounds.answer(user_id, query)
+        except Exception:
+            body = None  # the whole way meets it again, and reports it
+        if body is None:
+            return False
+        request_id = request_id_of(scope)
+        headers = [
+            (b"content-length", b"%d" % len(body)),
+            (b"content-type", b"application/json"),
+            (b"x-request-id", request_id.encode()),
+        ]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": body})
+        self._counts.add(scope, PATH, 200, time.perf_counter() - started, request_id)
+        return True
+
+    # --- feedback ------------------------------------------------------------------------------------------------
+
     def _is_plain(self, scope: Scope) -> bool:
         """Whether the body is said to be JSON, and of a length that is allowed."""
         length = content_type = None
@@ -85,6 +117,13 @@ class Shortcut:
             and length.isdigit()
             and int(length) <= self._service.settings.max_body_bytes
         )
+
+    async def _take_feedback(self, scope: Scope, receive: Receive, send: Send) -> None:
+        scope["route"] = feedback.POST
+        sent = await _read(receive)
+        if sent is not None:
+            response = await self._store(scope, sent)
+            await response(scope, receive, send)
 
     async def _store(self, scope: Scope, body: bytes) -> Response:
         try:
@@ -106,10 +145,3 @@ async def _read(receive: Receive) -> bytes | None:
         if not message.get("more_body", False):
             return b"".join([*parts, part]) if parts else part
         parts.append(part)
-
-
-async def _send_json(send: Send, body: bytes) -> None:
-    length = str(len(body)).encode()
-    headers = [(b"content-length", length), (b"content-type", b"application/json")]
-    await send({"type": "http.response.start", "status": 200, "headers": headers})
-    await send({"type": "http.response.body", "body": body})

@@ -198,30 +198,56 @@ _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 
 
-def _given_request_id(scope: Scope) -> str | None:
-    """The caller's own id of the request, if it can be taken over."""
+def request_id_of(scope: Scope) -> str:
+    """The caller's own id of the request, if it can be taken over, or a new one."""
     for name, value in scope["headers"]:
         if name == b"x-request-id":
             given: str = value.decode("latin-1")
-            return given if _REQUEST_ID.fullmatch(given) and redact(given) == given else None
-    return None
+            if _REQUEST_ID.fullmatch(given) and redact(given) == given:
+                return given
+            break
+    return f"{getrandbits(128):032x}"
+
+
+class RequestCounts:
+    """Counts requests and their times by route, and tells the log of each if it shall."""
+
+    def __init__(self, metrics: Metrics, access_log: bool = False) -> None:
+        self._metrics = metrics
+        self._access_log = access_log
+        self._series: dict[tuple[str, str, int], tuple[Counter, Histogram]] = {}
+
+    def add(self, scope: Scope, route: str | None, status: int, seconds: float, request_id: str) -> None:
+        """`route` is its template, never a path: the number of series must not grow with the number of users."""
+        method = scope["method"] if scope["method"] in _METHODS else "other"
+        route = route or "unmatched"
+        series = self._series.get((method, route, status))
+        if series is None:
+            metrics = self._metrics
+            series = metrics.requests.labels(method, route, str(status)), metrics.request_seconds.labels(method, route)
+            self._series[method, route, status] = series
+        series[0].inc()
+        series[1].observe(seconds)
+        if self._access_log:
+            path = scope["path"]
+            log.info(
+                "request", request_id=request_id, method=method, path=path, status=status, seconds=round(seconds, 6)
+            )
 
 
 class RequestTelemetry:
     """Outermost around the application: request ids, counts and times by route, and the answer to the unexpected."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, access_log: bool = False) -> None:
+    def __init__(self, app: ASGIApp, counts: RequestCounts) -> None:
         self.app = app
-        self.metrics = metrics
-        self.access_log = access_log
-        self._series: dict[tuple[str, str, int], tuple[Counter, Histogram]] = {}
+        self._counts = counts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
         started = time.perf_counter()
-        request_id = _given_request_id(scope) or f"{getrandbits(128):032x}"
+        request_id = request_id_of(scope)
         token = structlog.contextvars.bind_contextvars(request_id=request_id)
         status = 0
         encoded_id = request_id.encode()
@@ -242,19 +268,6 @@ class RequestTelemetry:
                 raise  # half an answer is out already: all that is left is to break the connection
             await unexpected()(scope, receive, with_request_id)
         finally:
-            self._count(scope, status, time.perf_counter() - started)
+            route = getattr(scope.get("route"), "path", None)
+            self._counts.add(scope, route, status, time.perf_counter() - started, request_id)
             structlog.contextvars.reset_contextvars(**token)
-
-    def _count(self, scope: Scope, status: int, seconds: float) -> None:
-        # Templates, never paths: the number of series must not grow with the number of users.
-        method = scope["method"] if scope["method"] in _METHODS else "other"
-        route = getattr(scope.get("route"), "path", None) or "unmatched"
-        series = self._series.get((method, route, status))
-        if series is None:
-            metrics = self.metrics
-            series = metrics.requests.labels(method, route, str(status)), metrics.request_seconds.labels(method, route)
-            self._series[method, route, status] = series
-        series[0].inc()
-        series[1].observe(seconds)
-        if self.access_log:
-            log.info("request", method=method, path=scope["path"], status=status, seconds=round(seconds, 6))

@@ -1,25 +1,24 @@
 """`/users/{user_id}/recommendations`: what to show to a user now."""
 
-from collections.abc import Iterable
 from dataclasses import replace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import fastapi
 from fastapi import APIRouter, Path, Response
 from pydantic import BaseModel, ConfigDict, Field
-from pydantic_core import to_json
 from starlette.concurrency import run_in_threadpool
 
 from app.errors import Problem, responses
 from app.identifiers import Category, ItemId, UserId
 from app.security import Recommend
-from app.serving import reasons
 from app.serving.cursors import CursorGone, CursorRefused
 from app.serving.filters import EVERY_CATEGORY, CategoryFilter
 from app.serving.query import Query
 from app.serving.service import Service, ServiceDep
 
 router = APIRouter(tags=["recommendations"])
+
+PATH = "/users/{user_id}/recommendations"
 
 MAX_K = 1_000
 # A URL has no room for more; a body has.
@@ -164,7 +163,7 @@ _RESPONSES = responses(401, 403, 404, 410, 422, 503)
 
 
 @router.get(
-    "/users/{user_id}/recommendations",
+    PATH,
     summary="What to show to a user",
     response_model=Recommendations,
     responses=_RESPONSES,
@@ -187,11 +186,8 @@ async def get_recommendations(
     return await _respond(service, user_id, query, "query")
 
 
-GET = router.routes[-1]
-
-
 @router.post(
-    "/users/{user_id}/recommendations",
+    PATH,
     summary="What to show to a user, with long filters",
     response_model=Recommendations,
     responses=responses(401, 403, 404, 410, 413, 422, 503),
@@ -214,36 +210,8 @@ async def _respond(service: Service, user_id: str, query: Query, place: str) -> 
 
 async def answer(service: Service, user_id: str, query: Query) -> bytes:
     """The body of an answer, as JSON. Raises CursorRefused and CursorGone."""
-    history = await service.histories.read(user_id)
-    rank = service.ranker.rank
     if service.ranker.is_quick(query):
-        found = rank(user_id, query, history)
-    else:
-        found = await run_in_threadpool(rank, user_id, query, history)
-    drawn = {draw.place + 1 for draw in found.draws}
-    # Plain values past the model: it describes the answer, and the types above are held to it by a test.
-    values: dict[str, Any] = {
-        "user_id": found.user_id,
-        "recommendation_id": found.recommendation_id,
-        "items": [
-            {"item_id": item_id, "score": score, "rank": rank, "exploration": rank in drawn}
-            for rank, (item_id, score) in enumerate(found.items, start=1)
-        ],
-        "source": found.source,
-        "model_version": found.model_version,
-        "data_through": found.data_through,
-        "feedback_through": found.feedback_through,
-        "next_cursor": found.next_cursor,
-    }
-    if found.reasons is not None:
-        add_reasons(values["items"], found.reasons)
-    if found.reason is not None:
-        values["reason"] = found.reason
-    return to_json(values)
-
-
-def add_reasons(items: list[dict[str, Any]], found: Iterable[reasons.Reason]) -> None:
-    """Put each item's reason beside it."""
-    for item, reason in zip(items, found, strict=True):
-        because = [{"item_id": item_id, "effect": effect} for item_id, effect in reason.because]
-        item["reason"] = {"method": reason.method, "because": because}
+        body = await service.rounds.answer(user_id, query)
+        return service.ranker.answer(user_id, query, None) if body is None else body
+    history = await service.histories.read(user_id)
+    return await run_in_threadpool(service.ranker.answer, user_id, query, history)

@@ -8,8 +8,9 @@ from pydantic import BaseModel, Field
 
 from app.errors import responses
 from app.identifiers import ItemId
-from app.routes.recommendations import MAX_EXCLUDE, ListParameters, RecommendedItem, add_reasons
+from app.routes.recommendations import MAX_EXCLUDE, ListParameters, RecommendedItem
 from app.security import Recommend
+from app.serving.reasons import add_reasons
 from app.serving.service import ServiceDep
 
 router = APIRouter(tags=["recommendations"])

@@ -38,22 +38,28 @@ class ItemIndices:
 
     def names(self, indices: npt.NDArray[np.int64]) -> list[str]:
         """The ids of items."""
-        known, found = self._named, []
-        for index in indices.tolist():
-            name = known.get(index)
-            if name is None:
-                if len(known) >= REMEMBERED_ITEMS:
-                    known.clear()
-                name = known[index] = self._items.id(index)
-            found.append(name)
-        return found
+        known, wanted = self._named, indices.tolist()
+        if missing := [index for index in wanted if index not in known]:
+            if len(known) + len(missing) > REMEMBERED_ITEMS:
+                known, missing = {}, wanted  # a new one: other threads may be in the middle of reading the old
+            known.update(zip(missing, self._items.ids(missing), strict=True))
+            self._named = known
+        return [known[index] for index in wanted]
 
     def of_numbers(self, items: ItemNumbers, numbers: Numbers) -> npt.NDArray[np.int64]:
-        """The same for items by the numbers that histories give them; of one ItemNumbers always."""
-        if len(numbers) and int(numbers.max()) >= self._numbered:
+        """The indices of those that the version knows, by histories' numbers; of one ItemNumbers always."""
+        if len(items) > self._numbered and len(numbers) and int(numbers.max()) >= self._numbered:
             self._number(items)
         indices = self._of_number[numbers]
         return indices[indices >= 0]
+
+    def latest_of_numbers(self, items: ItemNumbers, numbers: Numbers, count: int) -> npt.NDArray[np.int64]:
+        """The last `count` of those, at least one."""
+        count = max(count, 1)
+        found = self.of_numbers(items, numbers[-2 * count :])
+        if len(found) < count and len(numbers) > 2 * count:
+            found = self.of_numbers(items, numbers)
+        return found[-count:]
 
     def _number(self, items: ItemNumbers) -> None:
         with self._lock:

@@ -93,6 +93,5 @@ class Charts:
 
     def _record(self, chart: Chart, surface: Surface, query: ChartQuery) -> None:
         filters = {"k": query.k, "window_hours": query.window_hours, **query.categories.as_logged()}
-        self._log.add(
-            shown_to_nobody(chart.recommendation_id, surface, chart.source, chart.items, filters, len(chart.items))
-        )
+        shown = shown_to_nobody(surface, chart.source, chart.items, filters, len(chart.items))
+        self._log.add(chart.recommendation_id, shown)

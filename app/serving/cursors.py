@@ -31,10 +31,13 @@ MAX_CURSOR_LENGTH = 6_000
 NAME = "cursors"
 NOT_OURS = "must be the `next_cursor` of an earlier answer, unchanged"
 
-_FORMAT = 1
+_FORMAT = 2
 _SIGNATURE_BYTES = 16
+_MAX_GOES_ON = MAX_CURSOR_LENGTH * 3 // 4 - _SIGNATURE_BYTES - 17
 # Format, list, user, filters, version, position of the history (-1: none).
 _HEAD = struct.Struct("<B16s8s8s8sq")
+_BEGINNING = struct.Struct("<B16s")  # of that
+_OTHERWISE = struct.Struct("<8s8s8sq")  # what follows the beginning
 _SECTION = struct.Struct("<BI")  # width of one number in bytes, or 0 for a bitmap; bytes that follow
 _LETTERS = {1: "B", 2: "H", 4: "I", 8: "Q"}
 FEW = 64
@@ -76,13 +79,13 @@ def number_of(item_id: str) -> int:
 class Position:
     """How far a list has come, and what it is pinned to."""
 
-    list_id: bytes  # of the answer that began it, 16 bytes
+    list_id: bytes  # of the answer that began it, 16 bytes; empty until it has one
     version: bytes = NO_VERSION  # digest of its name; NO_VERSION where none ranked
     feedback_through: int | None = None
     history: Numbers = field(
         default_factory=nothing
     )  # the items that it was ranked by, as the version numbers them, oldest first
-    shown: Numbers = field(default_factory=nothing)  # likewise
+    shown: Numbers = field(default_factory=nothing)  # likewise, in any order
     shown_elsewhere: frozenset[int] = frozenset()  # `number_of` items that the version does not know
 
     @property
@@ -118,24 +121,12 @@ class Cursors:
         assert found is not None, "it was just written"
         self._secret = bytes.fromhex(found)
 
-    def write(self, position: Position, user_id: str, filters: bytes) -> str | None:
-        """The cursor for what follows; None where it would be too long, or there is no secret yet."""
-        if self._secret is None:
+    def write(self, list_id: bytes, goes_on: bytes) -> str | None:
+        """The cursor of a list for what `going_on` told; None where it would be too long, or there is no secret yet."""
+        if self._secret is None or len(goes_on) > _MAX_GOES_ON:
             return None
-        elsewhere = position.shown_elsewhere
-        through = -1 if position.feedback_through is None else position.feedback_through
-        body = b"".join(
-            (
-                _HEAD.pack(_FORMAT, position.list_id, digest(user_id), filters, position.version, through),
-                _section(position.history, ordered=False),
-                _section(position.shown, ordered=True),
-                _section(np.array(sorted(elsewhere), np.int64) if elsewhere else NOTHING, ordered=True),
-            )
-        )
-        signed = body + self._sign(body)
-        if len(signed) > MAX_CURSOR_LENGTH * 3 // 4:
-            return None
-        return _text(signed)
+        body = _BEGINNING.pack(_FORMAT, list_id) + goes_on
+        return _text(body + self._sign(body))
 
     def read(self, cursor: str, user_id: str, filters: bytes) -> Position:
         """Where to go on. Raises CursorRefused."""
@@ -173,7 +164,21 @@ class Cursors:
     def _sign(self, body: bytes) -> bytes:
         if self._secret is None:
             raise CursorRefused("cannot be read yet: the service has not reached its database since it started")
-        return hmac.digest(self._secret, body, "sha256")[:_SIGNATURE_BYTES]
+        return hashlib.blake2b(body, digest_size=_SIGNATURE_BYTES, key=self._secret).digest()
+
+
+def going_on(position: Position, user_id: str, filters: bytes) -> bytes:
+    """What a cursor says beside the id of the list, the same for every list that comes this far."""
+    elsewhere = position.shown_elsewhere
+    through = -1 if position.feedback_through is None else position.feedback_through
+    return b"".join(
+        (
+            _OTHERWISE.pack(digest(user_id), filters, position.version, through),
+            _section(position.history, ordered=False),
+            _section(position.shown, ordered=True),
+            _section(np.fromiter(elsewhere, np.int64), ordered=True) if elsewhere else _NO_SECTION,
+        )
+    )
 
 
 def _text(signed: bytes) -> str:
@@ -181,13 +186,14 @@ def _text(signed: bytes) -> str:
 
 
 def _section(numbers: Numbers, *, ordered: bool) -> bytes:
-    """Numbers in as few bytes as is simple: steps of one width, or a bitmap where that is shorter."""
+    """Numbers in as few bytes as is simple: `ordered` ones as steps of one width, or a bitmap where that is shorter."""
     if len(numbers) <= FEW:  # as on every first page: many times as fast without arrays
         values = numbers.tolist()
         if ordered:
-            values = [after - before for before, after in pairwise([0, *values])]
+            values = [after - before for before, after in pairwise([0, *sorted(values)])]
         width = _width(max(values, default=0))
         return _SECTION.pack(width, width * len(values)) + struct.pack(f"<{len(values)}{_LETTERS[width]}", *values)
+    numbers = np.sort(numbers) if ordered else numbers
     steps = np.diff(numbers, prepend=0) if ordered else numbers
     width = _width(int(steps.max()))
     if ordered and int(numbers[-1]) // 8 < len(numbers) * width:
@@ -201,6 +207,9 @@ def _section(numbers: Numbers, *, ordered: bool) -> bytes:
 
 def _width(largest: int) -> int:
     return next(width for width in _LETTERS if largest < 1 << 8 * width)
+
+
+_NO_SECTION = _section(NOTHING, ordered=True)
 
 
 def _numbers(written: bytes, width: int, *, ordered: bool) -> Numbers:

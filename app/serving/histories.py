@@ -82,7 +82,7 @@ class History:
     left_out: Numbers = field(default_factory=lambda: _NO_NUMBERS)  # distinct
     kept_out_for_good: Numbers = field(default_factory=lambda: _NO_NUMBERS)  # by an event that is no interaction
     feedback_through: int | None = None  # position of the user's newest event
-    kept: dict[Any, Any] = field(default_factory=dict)
+    kept: list[Any] = field(default_factory=list)
 
     @property
     def item_ids(self) -> tuple[str, ...]:

@@ -3,7 +3,7 @@
 The same state, filters and catalogue give the same list, in every process.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Literal, NamedTuple
@@ -29,8 +29,7 @@ Floats = npt.NDArray[np.float32]
 
 # Of the items that no version was trained on, so many at most may fill the end of a list.
 MOST_UNSEEN = 10_000
-# So many lists are kept with a history, none of them longer: together they take up to 7 KB of it.
-KEPT_LISTS = 2
+# No longer list is kept.
 LONGEST_KEPT = 20
 
 
@@ -57,6 +56,17 @@ class Ranked(NamedTuple):
     indices: Numbers = NOTHING  # of the first items: those that come after them are unknown to what ranked
 
 
+class _Begun(NamedTuple):
+    """What a user's list is ranked by: indices are the version's."""
+
+    user_index: int
+    seen: Numbers  # as far as the version looks at it
+    fresh: int
+    left_out: Numbers
+    returning: Numbers
+    candidates: int  # how many, without those that return
+
+
 class RankedLists:
     """Ranks on the caller's thread."""
 
@@ -68,67 +78,96 @@ class RankedLists:
         self._popularity = popularity
         self._resurfacing = resurfacing
 
-    def by_model(self, active: Active, state: State, query: Query, page: Position | None = None) -> Ranked | None:
-        """Rank by a version; None where it knows nothing of the user, or may show nothing.
+    def may_be_kept(self, query: Query) -> bool:
+        """Whether a list is short, and nothing enters it but the version, the history, the query and the catalogue."""
+        return query.is_simple and query.k <= LONGEST_KEPT and not self._resurfacing.is_on
 
-        Nothing else enters a simple list than version, history, query and catalogue: what they gave is kept with the
-        history, if it is short, for as long as all four are the same.
-        """
-        if page is not None or not query.is_simple or query.k > LONGEST_KEPT or self._resurfacing.is_on:
-            return self._by_model(active, state, query, page)
-        kept, key, revision = state.history.kept, (active.version, query), self._catalog.revision
-        found: tuple[int, Ranked] | None = kept.get(key)
-        if found is not None and found[0] == revision:
-            return found[1]._replace(active=active)
-        ranked = self._by_model(active, state, query)
-        if ranked is not None:
-            if len(kept) >= KEPT_LISTS:
-                kept.clear()
-            # Without the version: one that was replaced must not stay in memory.
-            kept[key] = (revision, ranked._replace(active=None))
+    def by_model(
+        self, active: Active, states: Sequence[State], query: Query, page: Position | None = None
+    ) -> list[Ranked | None]:
+        """Rank for each user by a version; None where it knows nothing of the user, or may show nothing."""
+        mask, count = self._candidates(active, query, page)
+        begun = [self._begun(active, state, query, page, mask, count) for state in states]
+        users = [user for user in begun if user is not None]
+        if not users:
+            return [None] * len(begun)
+        encoded = active.recommender.encode(
+            [user.user_index for user in users], [user.seen for user in users], [user.fresh for user in users]
+        )
+        chosen: list[tuple[Numbers, Floats]]
+        if query.is_diverse or any(len(user.returning) for user in users):
+            chosen = [
+                self._chosen(
+                    active, encoded[row : row + 1], user.left_out, user.returning, query, user.candidates, mask
+                )
+                for row, user in enumerate(users)
+            ]
+        else:
+            k = max(1, min(query.k, max(user.candidates for user in users)))
+            found, scores = active.recommender.top(encoded, [user.left_out for user in users], k, mask)
+            chosen = [_without_gaps(*row) for row in zip(found, scores, strict=True)]
+        rows = iter(range(len(users)))
+        ranked: list[Ranked | None] = []
+        for state, user in zip(states, begun, strict=True):
+            if user is None:
+                ranked.append(None)
+                continue
+            row = next(rows)
+            own = encoded if len(users) == 1 else encoded[row : row + 1]
+            ranked.append(self._ranked(active, state, user, own, *chosen[row], query, page))
         return ranked
 
-    def _by_model(self, active: Active, state: State, query: Query, page: Position | None = None) -> Ranked | None:
+    def _begun(
+        self, active: Active, state: State, query: Query, page: Position | None, mask: Mask, count: int
+    ) -> "_Begun | None":
         recommender, history = active.recommender, state.history
         user_index = self._active_models.user_index(active, state.user_id)
-        indices_of = active.item_indices.of_numbers
-        seen = indices_of(history.items, history.interactions) if page is None else page.history
+        numbered = active.item_indices
+        if page is None:
+            seen = numbered.latest_of_numbers(history.items, history.interactions, recommender.window_length)
+        else:
+            seen = page.history
         if user_index < 0 and not (recommender.folds_in and len(seen)):
             return None
-        mask, count = self._candidates(active, query, page)
         left_out, returning = NOTHING, NOTHING
         if not query.include_seen:
-            left_out = indices_of(history.items, history.left_out)
+            left_out = numbered.of_numbers(history.items, history.left_out)
             count -= int(np.count_nonzero(mask[left_out]))
-            returning = indices_of(history.items, self._resurfacing.numbers(history))
-            returning = returning[mask[returning]]
+            if self._resurfacing.is_on:
+                returning = numbered.of_numbers(history.items, self._resurfacing.numbers(history))
+                returning = returning[mask[returning]]
         if count + len(returning) == 0 and page is None:
             return None
         fresh = 0
         if user_index >= 0 and recommender.model.fits_strangers:
             fresh = len(_since_training(active, history) if page is None else page.history)
-        encoded = recommender.encode([user_index], [seen], [fresh])
-        if query.is_diverse or len(returning):
-            indices, scores = self._chosen(active, encoded, left_out, returning, query, count, mask)
-            count += len(returning)
-        elif count:
-            found, found_scores = recommender.top(encoded, [left_out], min(query.k, count), mask)
-            indices, scores = found[0][found[0] >= 0], found_scores[0][found[0] >= 0]
-        else:
-            indices, scores = np.zeros(0, np.int64), np.zeros(0, np.float32)
+        return _Begun(user_index, seen, fresh, left_out, returning, count)
+
+    def _ranked(
+        self,
+        active: Active,
+        state: State,
+        user: "_Begun",
+        encoded: Tensor,
+        indices: Numbers,
+        scores: Floats,
+        query: Query,
+        page: Position | None,
+    ) -> Ranked:
         item_ids = active.item_indices.names(indices)
         all_scores: list[float | None] = scores.tolist()
+        count = user.candidates + len(user.returning)
         if count <= query.k:
             count += self._fill(item_ids, active, state, query, page)
             all_scores += [None] * (len(item_ids) - len(all_scores))
         return Ranked(
             item_ids,
             all_scores,
-            source="model" if user_index >= 0 else "folded_in",
+            source="model" if user.user_index >= 0 else "folded_in",
             candidate_count=count,
             active=active,
             encoded=encoded,
-            history=_pinned(seen, recommender, user_index, fresh),
+            history=_pinned(user.seen, active.recommender, user.user_index, user.fresh),
             indices=indices,
         )
 
@@ -212,7 +251,7 @@ class RankedLists:
             indices, scores = NOTHING, np.zeros(0, np.float32)
             if count:
                 found, found_scores = recommender.top(encoded, [left_out], min(size, count), mask)
-                indices, scores = found[0][found[0] >= 0], found_scores[0][found[0] >= 0]
+                indices, scores = _without_gaps(found[0], found_scores[0])
             if len(returning):
                 again = self._resurfacing.scores(recommender, encoded, returning)
                 indices, scores = np.concatenate([indices, returning]), np.concatenate([scores, again])
@@ -294,6 +333,14 @@ class RankedLists:
             )
 
         return test
+
+
+def _without_gaps(indices: Numbers, scores: Floats) -> tuple[Numbers, Floats]:
+    """A row of what `Recommender.top` found, as long as there is something."""
+    if len(indices) and indices[-1] >= 0:  # what is missing comes last
+        return indices, scores
+    found = indices >= 0
+    return indices[found], scores[found]
 
 
 def _since_training(active: Active, history: History) -> Numbers:

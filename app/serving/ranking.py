@@ -1,48 +1,31 @@
-"""One user's answer: read what is known, rank, explore, say where the list goes on, and log what was shown."""
+"""Users' answers: read what is known, rank, explore, say where the list goes on, and log what was shown."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 
 import numpy as np
 
 from app.serving.active_models import ActiveModels
+from app.serving.answers import Answer, Kept, Ranking
 from app.serving.catalog import Catalog
-from app.serving.cursors import NO_VERSION, NOTHING, CursorGone, Cursors, Position, digest, number_of
+from app.serving.cursors import NO_VERSION, NOTHING, CursorGone, Cursors, Position, digest, going_on, number_of
 from app.serving.diversity import CategoryCap
 from app.serving.exploration import Affinity, Draw, Explorer, seed_of
 from app.serving.histories import Histories, History
 from app.serving.popularity import Popularity
 from app.serving.query import Query
-from app.serving.ranked_lists import Ranked, RankedLists, Source, State
+from app.serving.ranked_lists import Ranked, RankedLists, State
 from app.serving.reasons import Reason, reasons_of
-from app.serving.recommendation_log import RecommendationLog, Shown, new_id
+from app.serving.recommendation_log import RecommendationLog, new_id
 
 # A ranking within all bounds stays on the event loop.
 QUICK_SECONDS = 0.002
 QUICK_CATALOG = 50_000
 QUICK_CHANGES = 100
 QUICK_UNSEEN = 1_000
+# So many answers are kept with a history: together they take up to 7 KB of it.
+KEPT_ANSWERS = 2
 
 _LIST_GONE = "what this list was made from is gone: ask again without the cursor"
-
-
-@dataclass(frozen=True, slots=True)
-class Ranking:
-    """An answer: at most k items, best first, none twice."""
-
-    user_id: str
-    recommendation_id: str
-    items: list[tuple[str, float | None]]  # with scores; None where nothing could score an item
-    draws: Sequence[Draw]  # the items among them that chance put there
-    source: Source
-    model_version: str | None
-    data_through: str | None
-    feedback_through: int | None
-    candidate_count: int
-    next_cursor: str | None = None
-    reason: str | None = None
-    reasons: Sequence[Reason] | None = None  # of each item, where they were asked for
 
 
 class Ranker:
@@ -70,7 +53,7 @@ class Ranker:
         self._log = recommendation_log
 
     def is_quick(self, query: Query) -> bool:
-        """Whether `rank` takes so little time that changing threads for it would take longer."""
+        """Whether ranking takes so little time that changing threads for it would take longer."""
         active = self._active_models.current
         return (
             query.is_simple
@@ -82,24 +65,68 @@ class Ranker:
             and len(self._catalog) <= QUICK_CATALOG
         )
 
-    def rank(self, user_id: str, query: Query, history: History | None) -> Ranking:
-        """Rank for a user, known or not.
+    def again(self, query: Query, history: History) -> bytes | None:
+        """The answer that the same history, query, version and catalogue gave before, if it was kept."""
+        active = self._active_models.current
+        for kept in history.kept:
+            if (
+                (kept.query is query or kept.query == query)
+                and kept.revision == self._catalog.revision
+                and active is not None
+                and kept.version == active.version
+            ):
+                return self._sent(kept.answer, new_id())
+        return None
+
+    def answer_together(self, users: Sequence[tuple[str, History]], query: Query) -> list[bytes]:
+        """Rank a quick query for several users in one go; the answers as JSON."""
+        revision, active = self._catalog.revision, self._active_models.current
+        states = [State(user_id, active, history) for user_id, history in users]
+        may_be_kept, filters = self._lists.may_be_kept(query), query.as_logged()
+        bodies = []
+        for state, ranked in zip(states, self._ranked(states, query, None), strict=True):
+            ranking = self._ranking(state, query, None, ranked, ())
+            answer = Answer.of(ranking, self._policy(ranking), filters)
+            if ranked.active is not None and may_be_kept:
+                kept = state.history.kept
+                if len(kept) >= KEPT_ANSWERS:
+                    kept.clear()
+                kept.append(Kept(query, ranked.active.version, revision, answer))
+            bodies.append(self._sent(answer, new_id()))
+        return bodies
+
+    def answer(self, user_id: str, query: Query, history: History | None) -> bytes:
+        """Rank for a user, known or not; the answer as JSON.
 
         Without a history (the database is away) what is remembered has to do, and the source says so. Raises
         CursorRefused and CursorGone where the query's cursor leads nowhere.
         """
         state = self._state(user_id, query, history)
         page = None if query.cursor is None else self._page(state, query)
-        ranked = self._ranked(state, query, page)
-        list_id = new_id() if page is None else page.list_id
+        (ranked,) = self._ranked([state], query, page)
+        recommendation_id = new_id()
+        list_id = recommendation_id if page is None else page.list_id
         draws: Sequence[Draw] = ()
         if self._explorer.explores and ranked.item_ids:
             draws = self._explored(state, query, page, ranked, list_id)
-        ranking = self._answer(state, query, page, ranked, list_id, draws)
+        ranking = self._ranking(state, query, page, ranked, draws)
         if query.explain:
-            ranking = replace(ranking, reasons=self._reasons(state, page, ranked, ranking))
-        self._record(ranking, query, page)
-        return ranking
+            ranking.reasons = self._reasons(state, page, ranked, ranking)
+        filters = query.as_logged()
+        if page is not None:
+            filters |= {"list": _written(page.list_id), "offset": page.offset}
+        return self._sent(Answer.of(ranking, self._policy(ranking), filters), recommendation_id, list_id)
+
+    def _policy(self, ranking: Ranking) -> str:
+        policy = "popular" if ranking.model_version is None else "model"
+        return f"{policy}+exploration" if self._explorer.explores else policy
+
+    def _sent(self, answer: Answer, id_: bytes, list_id: bytes | None = None) -> bytes:
+        """The answer with an id and a cursor of its own; goes to the log."""
+        recommendation_id = _written(id_)
+        self._log.add(recommendation_id, answer.shown)
+        cursor = None if answer.goes_on is None else self._cursors.write(list_id or id_, answer.goes_on)
+        return answer.body(recommendation_id, cursor)
 
     def _state(self, user_id: str, query: Query, history: History | None) -> State:
         active = self._active_models.current  # once: nothing below may mix two versions
@@ -119,15 +146,18 @@ class Ranker:
             raise CursorGone(_LIST_GONE)
         return page
 
-    def _ranked(self, state: State, query: Query, page: Position | None) -> Ranked:
-        active = state.active
-        if active is not None and (page is None or page.version != NO_VERSION):
-            ranked = self._lists.by_model(active, state, query, page)
-            if ranked is not None:
-                return ranked
-            if page is not None:  # erased since: popular items would begin anew
-                raise CursorGone(_LIST_GONE)
-        return self._lists.by_popularity(state, query, page)
+    def _ranked(self, states: Sequence[State], query: Query, page: Position | None) -> list[Ranked]:
+        """The list of each user; all of them of one version."""
+        active = states[0].active
+        if active is None or (page is not None and page.version == NO_VERSION):
+            return [self._lists.by_popularity(state, query, page) for state in states]
+        ranked = self._lists.by_model(active, states, query, page)
+        if page is not None and ranked[0] is None:  # erased since: popular items would begin anew
+            raise CursorGone(_LIST_GONE)
+        return [
+            self._lists.by_popularity(state, query, page) if own is None else own
+            for state, own in zip(states, ranked, strict=True)
+        ]
 
     def _explored(
         self, state: State, query: Query, page: Position | None, ranked: Ranked, list_id: bytes
@@ -142,37 +172,28 @@ class Ranker:
             cap=CategoryCap(self._catalog, query.max_per_category),
         )
 
-    def _answer(
-        self,
-        state: State,
-        query: Query,
-        page: Position | None,
-        ranked: Ranked,
-        list_id: bytes,
-        draws: Sequence[Draw],
+    def _ranking(
+        self, state: State, query: Query, page: Position | None, ranked: Ranked, draws: Sequence[Draw]
     ) -> Ranking:
         items = list(zip(ranked.item_ids, ranked.scores, strict=True))
         if draws:
             items = self._with_draws(items, draws, ranked, query)
-        active = ranked.active
+        active = ranked.active if items else None
         source = ranked.source
         if not items:
             source = "empty"
         elif state.degraded:
             source = "degraded"
-        through = state.history.feedback_through if page is None else page.feedback_through
-        by_model = active is not None and bool(items)
         return Ranking(
             user_id=state.user_id,
-            recommendation_id=_written(list_id if page is None else new_id()),
             items=items,
             draws=draws,
             source=source,
-            model_version=active.version if active is not None and by_model else None,
-            data_through=active.data_through if active is not None and by_model else None,
-            feedback_through=through,
+            model_version=active.version if active is not None else None,
+            data_through=active.data_through if active is not None else None,
+            feedback_through=state.history.feedback_through if page is None else page.feedback_through,
             candidate_count=ranked.candidate_count,
-            next_cursor=self._next_cursor(state, query, page, ranked, list_id, items),
+            goes_on=self._goes_on(state, query, page, ranked, items),
             reason=None if items else self._why_empty(query, page),
         )
 
@@ -197,15 +218,14 @@ class Ranker:
             mixed.insert(draw.place, (draw.item_id, score))
         return mixed
 
-    def _next_cursor(
+    def _goes_on(
         self,
         state: State,
         query: Query,
         page: Position | None,
         ranked: Ranked,
-        list_id: bytes,
         items: list[tuple[str, float | None]],
-    ) -> str | None:
+    ) -> bytes | None:
         if not items or ranked.candidate_count <= len(items):
             return None
         version, known, others = NO_VERSION, NOTHING, [item_id for item_id, _ in items]
@@ -216,13 +236,14 @@ class Ranker:
                 known, others = numbered[numbered >= 0], [others[row] for row in np.flatnonzero(numbered < 0)]
             else:
                 others = others[len(known) :]
-        history, shown, elsewhere = ranked.history, np.sort(known), frozenset(map(number_of, others))
-        if page is not None:
-            history, shown = page.history, np.sort(np.concatenate([page.shown, known]))
+        elsewhere = frozenset(map(number_of, others))
+        if page is None:
+            position = Position(b"", version, state.history.feedback_through, ranked.history, known, elsewhere)
+        else:
+            shown = np.concatenate([page.shown, known])
             elsewhere |= page.shown_elsewhere
-        through = state.history.feedback_through if page is None else page.feedback_through
-        position = Position(list_id, version, through, history, shown, elsewhere)
-        return self._cursors.write(position, state.user_id, query.filters_digest())
+            position = Position(page.list_id, version, page.feedback_through, page.history, shown, elsewhere)
+        return going_on(position, state.user_id, query.filters_digest())
 
     def _reasons(self, state: State, page: Position | None, ranked: Ranked, ranking: Ranking) -> list[Reason]:
         active, user_index, seen = ranked.active, -1, NOTHING
@@ -243,34 +264,6 @@ class Ranker:
         if query.categories and next(self._popularity.ranked(query.categories), None) is None:
             return f"no item that may be shown has {query.categories}"
         return "every item that may be shown was seen by this user or excluded by the request"
-
-    def _record(self, ranking: Ranking, query: Query, page: Position | None) -> None:
-        by_model = ranking.model_version is not None
-        filters = query.as_logged()
-        if page is not None:
-            filters |= {"list": _written(page.list_id), "offset": page.offset}
-        # What chance did not touch was certain to be shown where it stands.
-        propensities, explorations = [1.0] * len(ranking.items), [False] * len(ranking.items)
-        for draw in ranking.draws:
-            propensities[draw.place], explorations[draw.place] = draw.propensity, True
-        self._log.add(
-            Shown(
-                recommendation_id=ranking.recommendation_id,
-                user_id=ranking.user_id,
-                surface="recommendations",
-                policy=("model" if by_model else "popular") + ("+exploration" if self._explorer.explores else ""),
-                model_version=ranking.model_version,
-                source=ranking.source,
-                feedback_through=ranking.feedback_through,
-                filters=filters,
-                candidate_count=ranking.candidate_count,
-                item_ids=[item_id for item_id, _ in ranking.items],
-                scores=[score for _, score in ranking.items],
-                propensities=propensities,
-                explorations=explorations,
-                created_at=datetime.now(UTC),
-            )
-        )
 
 
 def _written(id_: bytes) -> str:

@@ -8,7 +8,8 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import psycopg
 import sqlalchemy as sa
@@ -34,11 +35,10 @@ RETRY_SECONDS = 1.0
 ERASURES_REMEMBERED = timedelta(hours=1)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass
 class Shown:
-    """One answer, as the log keeps it."""
+    """What was shown, once or several times: all that the log keeps of an answer but its id and time."""
 
-    recommendation_id: str
     user_id: str
     surface: str
     policy: str
@@ -51,24 +51,33 @@ class Shown:
     scores: list[float | None]  # None where nothing could score an item
     propensities: list[float]
     explorations: list[bool]
-    created_at: datetime
     experiment: str | None = None
     variant: str | None = None
 
-    def row(self) -> tuple[Any, ...]:
-        """The values of `COLUMNS`."""
-        return tuple([_json(getattr(self, name)) if name in JSON_COLUMNS else getattr(self, name) for name in COLUMNS])
+    @cached_property
+    def values(self) -> tuple[Any, ...]:
+        """The values of the columns that are the same each time."""
+        return tuple([_json(getattr(self, name)) if name in JSON_COLUMNS else getattr(self, name) for name in SHOWN])
 
 
 def _json(value: Any) -> str:
     return to_json(value).decode()
 
 
-COLUMNS = tuple(column.name for column in recommendation_log.columns)
+class Logged(NamedTuple):
+    """An answer that waits to be written."""
+
+    recommendation_id: str
+    created_at: datetime
+    shown: Shown
+
+
+OWN = ("recommendation_id", "created_at")
+SHOWN = tuple(column.name for column in recommendation_log.columns if column.name not in OWN)
+COLUMNS = (*OWN, *SHOWN)
 JSON_COLUMNS = frozenset(column.name for column in recommendation_log.columns if isinstance(column.type, sa.JSON))
 _INSERT = f"INSERT INTO recommendation_log ({', '.join(COLUMNS)}) VALUES ({', '.join('?' * len(COLUMNS))})"  # noqa: S608
 _COPY = f"COPY recommendation_log ({', '.join(COLUMNS)}) FROM STDIN"
-_CREATED_AT = COLUMNS.index("created_at")
 
 
 def new_id() -> bytes:
@@ -81,7 +90,6 @@ def new_id() -> bytes:
 
 
 def shown_to_nobody(
-    recommendation_id: str,
     surface: str,
     source: str,
     items: Sequence[tuple[str, float]],
@@ -91,7 +99,6 @@ def shown_to_nobody(
 ) -> Shown:
     """An answer for nobody in particular, by chance in no part."""
     return Shown(
-        recommendation_id=recommendation_id,
         user_id=NOBODY,
         surface=surface,
         policy="model" if model_version is not None else source,
@@ -104,7 +111,6 @@ def shown_to_nobody(
         scores=[score for _, score in items],
         propensities=[1.0] * len(items),
         explorations=[False] * len(items),
-        created_at=datetime.now(UTC),
     )
 
 
@@ -115,7 +121,7 @@ class RecommendationLog:
         self._writer = KeptWriter(engine)
         self._on_lost = on_lost
         self._length = length
-        self._waiting: deque[Shown] = deque()
+        self._waiting: deque[Logged] = deque()
         self._erasures_settled = 0  # sequence of an erasure that no waiting answer is older than
         self._wake = threading.Event()
         self._stopping = threading.Event()
@@ -131,11 +137,11 @@ class RecommendationLog:
         if self._thread.is_alive():
             self._thread.join()
 
-    def add(self, shown: Shown) -> None:
+    def add(self, recommendation_id: str, shown: Shown) -> None:
         if len(self._waiting) >= self._length:
             self._on_lost(1)
             return
-        self._waiting.append(shown)
+        self._waiting.append(Logged(recommendation_id, datetime.now(UTC), shown))
         if not self._wake.is_set():
             self._wake.set()
 
@@ -169,17 +175,16 @@ class RecommendationLog:
                 self._waiting.popleft()
         return True
 
-    def _write(self, batch: list[Shown]) -> None:
+    def _write(self, batch: list[Logged]) -> None:
         with self._writer.writing() as connection:
             # A user erased while the answer waited here must not come back with it.
             if connection.dialect.name == "postgresql":
                 # Now rather than at the insert: what is erased from here on waits for these rows, and takes them too.
                 connection.execute(sa.text("LOCK TABLE recommendation_log IN ROW EXCLUSIVE MODE"))
-            rows = [shown.row() for shown in self._without_erased(connection, batch)]
-            if rows:
-                _insert(connection, rows)
+            if kept := self._without_erased(connection, batch):
+                _insert(connection, kept)
 
-    def _without_erased(self, connection: Connection, batch: list[Shown]) -> list[Shown]:
+    def _without_erased(self, connection: Connection, batch: list[Logged]) -> list[Logged]:
         kinds = erasures.c.kind, erasures.c.subject_sha256, erasures.c.erased_at, erasures.c.sequence
         later = sa.select(*kinds).where(erasures.c.sequence > self._erasures_settled).order_by(erasures.c.sequence)
         erased_at = {}
@@ -190,32 +195,33 @@ class RecommendationLog:
             elif kind == "user":
                 erased_at[subject] = erased
         if batch[0].created_at < settled:
-            kept = [shown for shown in batch if shown.created_at >= settled]
+            kept = [logged for logged in batch if logged.created_at >= settled]
             self._on_lost(len(batch) - len(kept))
             batch = kept
         if not erased_at:
             return batch
         return [
-            shown
-            for shown in batch
-            if (at := erased_at.get(subject_sha256(shown.user_id))) is None or at < shown.created_at
+            logged
+            for logged in batch
+            if (at := erased_at.get(subject_sha256(logged.shown.user_id))) is None or at < logged.created_at
         ]
 
 
-def _insert(connection: Connection, rows: list[tuple[Any, ...]]) -> None:
+def _insert(connection: Connection, batch: list[Logged]) -> None:
     """Past SQLAlchemy, which takes longer over a row than the request that it tells of."""
     driver: Any = connection.connection.driver_connection
     try:
         if connection.dialect.name == "sqlite":
-            times = [row[_CREATED_AT].replace(tzinfo=None).isoformat(" ", "microseconds") for row in rows]
-            after = _CREATED_AT + 1
-            driver.executemany(
-                _INSERT, [(*row[:_CREATED_AT], time, *row[after:]) for row, time in zip(rows, times, strict=True)]
-            )
+            rows = [
+                # The time as `UtcDateTime` keeps it: without the zone.
+                (recommendation_id, created_at.isoformat(" ", "microseconds")[:26], *shown.values)
+                for recommendation_id, created_at, shown in batch
+            ]
+            driver.executemany(_INSERT, rows)
         else:
             with driver.cursor() as cursor, cursor.copy(_COPY) as copy:
-                for row in rows:
-                    copy.write_row(row)
+                for recommendation_id, created_at, shown in batch:
+                    copy.write_row((recommendation_id, created_at, *shown.values))
     except (sqlite3.Error, psycopg.Error) as error:
         away = isinstance(error, sqlite3.OperationalError | psycopg.OperationalError)
         raise (OperationalError if away else DatabaseError)(_INSERT, None, error) from error

@@ -29,6 +29,7 @@ from app.serving.ranked_lists import RankedLists
 from app.serving.ranking import Ranker
 from app.serving.recommendation_log import RecommendationLog
 from app.serving.resurfacing import Resurfacing
+from app.serving.rounds import Rounds
 from app.serving.sessions import Sessions
 from app.serving.similar import SimilarItems
 from app.settings import Settings
@@ -63,6 +64,7 @@ class Service:
     feedback_writer: FeedbackWriter
     cursors: Cursors
     ranker: Ranker
+    rounds: Rounds
     database_answers: bool = False
     migrated: bool = False
     # Query strings of requests for recommendations that were valid, as what they ask for.
@@ -245,6 +247,7 @@ def build_service(settings: Settings) -> Service:
         feedback_writer=feedback_writer,
         cursors=cursors,
         ranker=ranker,
+        rounds=Rounds(histories, ranker),
     )
 
 

@@ -98,6 +98,5 @@ class Sessions:
         items = [(item_id, score) for item_id, score in found.items if score is not None]
         filters = {**query.as_logged(), "session_length": length}
         version = None if active is None else active.version
-        self._log.add(
-            shown_to_nobody(found.recommendation_id, "sessions", found.source, items, filters, candidate_count, version)
-        )
+        shown = shown_to_nobody("sessions", found.source, items, filters, candidate_count, version)
+        self._log.add(found.recommendation_id, shown)

@@ -82,7 +82,7 @@ class SimilarItems:
         version = active.version if active is not None and source == "model" else None
         found = Alike(str(uuid.UUID(bytes=new_id())), items, source, version, reason)
         filters = {"k": k, "item_id": item_id, **categories.as_logged()}
-        self._log.add(shown_to_nobody(found.recommendation_id, "similar", source, items, filters, len(items), version))
+        self._log.add(found.recommendation_id, shown_to_nobody("similar", source, items, filters, len(items), version))
         return found
 
     def _by_vectors(self, active: Active, item_id: str, k: int, categories: CategoryFilter) -> list[tuple[str, float]]:

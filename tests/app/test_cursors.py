@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from sqlalchemy.engine import Engine
 
 from app.main import create_app
-from app.serving.cursors import MAX_CURSOR_LENGTH, CursorRefused, Cursors, Position
+from app.serving.cursors import MAX_CURSOR_LENGTH, CursorRefused, Cursors, Position, going_on
 from app.settings import Settings
 from app.tables import recommendation_log, secrets
 
@@ -204,14 +204,14 @@ def test_the_log_ties_pages_together(client: TestClient, publish: Any, engine: E
 
 def test_the_secret_is_made_once(engine: Engine) -> None:
     one, two = Cursors(), Cursors()
-    assert one.write(Position(bytes(16)), "anna", FILTERS) is None
+    assert one.write(bytes(16), going_on(Position(bytes(16)), "anna", FILTERS)) is None
     with pytest.raises(CursorRefused, match="cannot be read yet"):
         two.read("A" * 80, "anna", FILTERS)
     one.load(engine)
     two.load(engine)
     with engine.connect() as connection:
         assert len(bytes.fromhex(connection.execute(sa.select(secrets.c.value)).scalar_one())) == 32
-    cursor = one.write(Position(bytes(16), feedback_through=0), "anna", FILTERS)
+    cursor = one.write(bytes(16), going_on(Position(bytes(16), feedback_through=0), "anna", FILTERS))
     assert cursor is not None
     assert two.read(cursor, "anna", FILTERS).feedback_through == 0
 
@@ -235,10 +235,10 @@ def test_what_is_written_is_read(
         b"version!",
         through,
         np.array(history, np.int64),
-        np.array(sorted(shown), np.int64),
+        np.array(list(shown), np.int64),
         elsewhere,
     )
-    cursor = cursors.write(position, "anna", FILTERS)
+    cursor = cursors.write(position.list_id, going_on(position, "anna", FILTERS))
     assert cursor is not None
     assert len(cursor) <= MAX_CURSOR_LENGTH
     read = cursors.read(cursor, "anna", FILTERS)
@@ -253,9 +253,9 @@ def test_how_far_a_cursor_reaches() -> None:
     cursors = Cursors()
     cursors._secret = bytes(32)
     every_item = Position(bytes(16), shown=np.arange(30_000, dtype=np.int64))
-    assert cursors.write(every_item, "anna", FILTERS) is not None
+    assert cursors.write(bytes(16), going_on(every_item, "anna", FILTERS)) is not None
     for items in (1_000_000, 10_000_000):
         spread = np.sort(np.random.default_rng(0).choice(items, 2_000, replace=False)).astype(np.int64)
-        assert cursors.write(Position(bytes(16), shown=spread), "anna", FILTERS) is not None
+        assert cursors.write(bytes(16), going_on(Position(bytes(16), shown=spread), "anna", FILTERS)) is not None
         many = np.arange(0, items, items // 5_000, dtype=np.int64)
-        assert cursors.write(Position(bytes(16), shown=many), "anna", FILTERS) is None
+        assert cursors.write(bytes(16), going_on(Position(bytes(16), shown=many), "anna", FILTERS)) is None

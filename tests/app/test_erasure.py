@@ -15,7 +15,7 @@ from sqlalchemy.engine import Engine
 from app.database import create_engine, writing
 from app.erasure import Erased, erase, subject_sha256
 from app.event_writer import EVENT_COLUMNS, open_writer
-from app.serving.recommendation_log import RecommendationLog, Shown
+from app.serving.recommendation_log import SHOWN, RecommendationLog, Shown
 from app.settings import Settings
 from app.tables import audit_log, erasures, events, items, recommendation_log, users
 from app.training.snapshots import take_snapshot
@@ -94,8 +94,7 @@ def test_an_answer_that_enters_the_log_meanwhile_does_not_outlive_its_user(engin
     with writing(engine) as connection:
         connection.execute(sa.insert(events), event("a", 0))
     log = RecommendationLog(engine, on_lost=lambda _: None)
-    shown = {name: value for name, value in log_row("a", 1).items() if name in Shown.__slots__}
-    shown["created_at"] = datetime.now(UTC)
+    shown = {name: value for name, value in log_row("a", 1).items() if name in SHOWN}
     eraser = threading.Thread(target=erase, args=(engine, "user", "a"), kwargs={"actor": "cli"})
 
     def erase_in_between(_connection: object, _cursor: object, statement: str, *_: object) -> None:
@@ -107,7 +106,7 @@ def test_an_answer_that_enters_the_log_meanwhile_does_not_outlive_its_user(engin
 
     sa.event.listen(engine, "after_cursor_execute", erase_in_between)
     log.start()
-    log.add(Shown(**shown, model_version=None, feedback_through=None))  # type: ignore[arg-type]
+    log.add("1", Shown(**shown, model_version=None, feedback_through=None))  # type: ignore[arg-type]
     log.stop()
     eraser.join(30)
     with engine.connect() as connection:

@@ -13,7 +13,7 @@ from app.body_limit import BodyLimit
 from app.database import create_engine
 from app.errors import Problem, responses
 from app.identifiers import ItemId, Metadata, UserId
-from app.telemetry import Metrics, RequestTelemetry
+from app.telemetry import Metrics, RequestCounts, RequestTelemetry
 
 
 class Event(BaseModel):
@@ -27,7 +27,7 @@ def client(connect: Callable[..., TestClient]) -> TestClient:
     app = FastAPI()
     errors.install(app)
     app.add_middleware(BodyLimit, limit=20_000, larger={"/bulk": 30_000})
-    app.add_middleware(RequestTelemetry, metrics=Metrics())
+    app.add_middleware(RequestTelemetry, counts=RequestCounts(Metrics()))
 
     @app.post("/events", responses=responses(409, 413, 422))
     def post(events: Annotated[list[Event], Field(max_length=5)]) -> int:

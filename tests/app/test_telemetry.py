@@ -22,7 +22,7 @@ from app import errors
 from app.database import create_engine
 from app.security import Admin, KeyRing, create_key, require
 from app.settings import Settings
-from app.telemetry import Metrics, RequestTelemetry, configure_logging, redact
+from app.telemetry import Metrics, RequestCounts, RequestTelemetry, configure_logging, redact
 
 SECRET = "hunter2-Zz9"
 KEY = "sl_0123456789ab_" + "k" * 43
@@ -104,7 +104,7 @@ def make_app(engine: Engine) -> tuple[FastAPI, Metrics]:
     metrics = Metrics()
     app.state.keys = KeyRing(engine, 5)
     errors.install(app)
-    app.add_middleware(RequestTelemetry, metrics=metrics, access_log=True)
+    app.add_middleware(RequestTelemetry, counts=RequestCounts(metrics, access_log=True))
 
     @app.get("/users/{user_id}/recommendations")
     def recommendations(user_id: str, _: Annotated[Any, Depends(require("recommend"))]) -> str:
