@@ -7,7 +7,7 @@ import torch
 from fastapi import FastAPI
 from starlette.concurrency import run_in_threadpool
 
-from app import docs_page, errors
+from app import docs_page, errors, event_rows
 from app.body_limit import BodyLimit
 from app.routes import admin, catalog, feedback, health, popular, recommendations, sessions, similar
 from app.serving.service import build_service
@@ -55,5 +55,5 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.shortcut = Shortcut(service, counts)
     for routes in (recommendations, sessions, feedback, popular, similar, catalog, admin, health):
         app.include_router(routes.router)
-    docs_page.install(app, schemas={"Event": feedback.Event})
+    docs_page.install(app, schemas={"Event": event_rows.Event})
     return app

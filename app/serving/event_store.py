@@ -1,7 +1,6 @@
 """Events into SQL within one transaction: each row stored, known already, or refused with its reason."""
 
-import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, Literal, NamedTuple
 
@@ -9,34 +8,15 @@ import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import Connection
 
+from app.serving.new_events import Key, NewEvent, insert_events
 from app.tables import events, items, users
 from ml.snapshots import RETRACT
 
 UnknownItems = Literal["create", "hold", "reject"]
-Key = tuple[str, str]
 
 # SQLite takes 32,766 parameters a statement.
 CHUNK = 5_000
 MAX_KNOWN_IDS = 200_000
-
-
-class NewEvent(NamedTuple):
-    """One event as it came in; times and ids that the caller left out are filled in, and marked as ours."""
-
-    user_id: str
-    event_id: str
-    item_id: str | None  # only a retract may leave it out
-    type: str
-    value: float | None
-    occurred_at: datetime
-    recommendation_id: str | None = None
-    context: dict[str, Any] | None = None
-    retracts: str | None = None
-    timed_by_caller: bool = True
-
-    @property
-    def key(self) -> Key:
-        return self[:2]
 
 
 class Outcome(NamedTuple):
@@ -103,6 +83,8 @@ def store_events(
             if event.type != RETRACT and event.item_id not in found:
                 reason = f"item_id: {event.item_id!r} is not in the catalogue"
                 outcomes[index] = Outcome(event.event_id, "rejected", reason)
+    if not outcomes and not any(event.type == RETRACT for event in batch):
+        outcomes = _insert(connection, dict(enumerate(batch)), received_at, unknown_items, known)
     waiting = [index for index in range(len(batch)) if index not in outcomes]
     while waiting:
         # An id that comes twice is judged the second time by what the first one left in the table.
@@ -135,95 +117,25 @@ def _insert(
     unknown_items: UnknownItems,
     known: KnownSubjects,
 ) -> dict[int, Outcome]:
-    """Insert events with ids that differ from one another; those that are in the table already are compared."""
+    """Insert events, the first of those that share an id; what is in the table already is compared."""
     if not turn:
         return {}
-    insert = insert_on_sqlite if connection.dialect.name == "sqlite" else insert_on_postgresql
-    inserted = insert(connection, list(turn.values()), received_at)
-    stored = turn if inserted is None else {index: event for index, event in turn.items() if event.key in inserted}
-    if stored:
-        _create_subjects(connection, stored.values(), received_at, known, hidden=unknown_items == "hold")
+    new = list(turn.values())
+    inserted = insert_events(connection, new, received_at)
+    if inserted is None:
+        _create_subjects(connection, new, received_at, known, hidden=unknown_items == "hold")
+        return {index: Outcome(event.event_id, "stored") for index, event in turn.items()}
+    stored: dict[int, NewEvent] = {}
+    repeats: dict[int, NewEvent] = {}
+    for index, event in turn.items():
+        if event.key in inserted:
+            inserted.remove(event.key)
+            stored[index] = event
+        else:
+            repeats[index] = event
+    _create_subjects(connection, list(stored.values()), received_at, known, hidden=unknown_items == "hold")
     outcomes = {index: Outcome(event.event_id, "stored") for index, event in stored.items()}
-    if len(stored) < len(turn):
-        outcomes |= _judge_repeats(connection, {i: event for i, event in turn.items() if i not in stored})
-    return outcomes
-
-
-_COLUMNS = "user_id, event_id, item_id, type, value, occurred_at, received_at, recommendation_id, context, retracts"
-_INSERT_SQLITE = (
-    f"INSERT INTO events ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"  # noqa: S608
-    " ON CONFLICT (user_id, event_id) DO NOTHING"
-)
-# One text for any number of rows, which the server prepares once.
-_INSERT_POSTGRESQL = f"""
-    INSERT INTO events ({_COLUMNS})
-    SELECT user_id, event_id, item_id, type, value, occurred_at, %s, recommendation_id, context::json, retracts
-    FROM unnest(%s::text[], %s::text[], %s::text[], %s::text[], %s::float8[], %s::timestamptz[], %s::text[], %s::text[],
-        %s::text[]) AS new (user_id, event_id, item_id, type, value, occurred_at, recommendation_id, context, retracts)
-    ON CONFLICT (user_id, event_id) DO NOTHING
-    RETURNING user_id, event_id
-"""  # noqa: S608
-
-
-def insert_on_sqlite(connection: Connection, new: Sequence[NewEvent], received_at: datetime) -> set[Key] | None:
-    """Insert events; the keys of those that were not there before, or None if none was."""
-    before = connection.exec_driver_sql("SELECT max(position) FROM events").scalar() or 0
-    received = _sqlite_time(received_at)
-    rows = [
-        (
-            event.user_id,
-            event.event_id,
-            event.item_id,
-            event.type,
-            event.value,
-            _sqlite_time(event.occurred_at),
-            received,
-            event.recommendation_id,
-            _json(event.context),
-            event.retracts,
-        )
-        for event in new
-    ]
-    if connection.exec_driver_sql(_INSERT_SQLITE, rows).rowcount == len(rows):
-        return None
-    inserted = connection.exec_driver_sql("SELECT user_id, event_id FROM events WHERE position > ?", (before,))
-    return {(user_id, event_id) for user_id, event_id in inserted}
-
-
-def insert_on_postgresql(connection: Connection, new: Sequence[NewEvent], received_at: datetime) -> set[Key] | None:
-    """Insert events; the keys of those that were not there before, or None if none was."""
-    arrays = (
-        _array([event.user_id for event in new]),
-        _array([event.event_id for event in new]),
-        _array([event.item_id for event in new]),
-        _array([event.type for event in new]),
-        _array([None if event.value is None else repr(event.value) for event in new]),
-        _array([event.occurred_at.isoformat() for event in new]),
-        _array([event.recommendation_id for event in new]),
-        _array([_json(event.context) for event in new]),
-        _array([event.retracts for event in new]),
-    )
-    inserted = connection.exec_driver_sql(_INSERT_POSTGRESQL, (received_at, *arrays))
-    if inserted.rowcount == len(new):
-        return None
-    return {(user_id, event_id) for user_id, event_id in inserted}
-
-
-def _array(values: Sequence[str | None]) -> str:
-    """An array as PostgreSQL reads it."""
-    quoted = [
-        "NULL" if value is None else '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"' for value in values
-    ]
-    return "{" + ",".join(quoted) + "}"
-
-
-def _sqlite_time(time: datetime) -> str:
-    """A time as `UtcDateTime` keeps it."""
-    return time.astimezone(UTC).replace(tzinfo=None).isoformat(" ", "microseconds")
-
-
-def _json(value: dict[str, Any] | None) -> str | None:
-    return None if value is None else json.dumps(value)
+    return outcomes | _judge_repeats(connection, repeats)
 
 
 def _insert_or_leave(connection: Connection, table: sa.Table, *key: str) -> "sqlite.Insert | postgresql.Insert":
@@ -232,15 +144,13 @@ def _insert_or_leave(connection: Connection, table: sa.Table, *key: str) -> "sql
 
 
 def _create_subjects(
-    connection: Connection, stored: Iterable[NewEvent], now: datetime, known: KnownSubjects, *, hidden: bool
+    connection: Connection, stored: Sequence[NewEvent], now: datetime, known: KnownSubjects, *, hidden: bool
 ) -> None:
     """Create the users and items that are new. In order of their ids, so that two processes cannot block each other."""
-    user_ids: set[str] = set()
-    item_ids: set[str] = set()
-    for event in stored:
-        user_ids.add(event.user_id)
-        if event.type != RETRACT and event.item_id is not None:
-            item_ids.add(event.item_id)
+    if not stored:
+        return
+    user_ids = {event.user_id for event in stored}
+    item_ids = {event.item_id for event in stored if event.item_id is not None and event.type != RETRACT}
     # From here on an erasure waits for these events; one that came before may have taken users or items of theirs.
     known.heed_erasures(connection)
     user_ids -= known.users
@@ -261,6 +171,8 @@ def _create_subjects(
 
 
 def _known(connection: Connection, column: "sa.ColumnElement[str]", ids: set[str]) -> set[str]:
+    if not ids:
+        return set()
     known: set[str] = set()
     ordered = list(ids)
     for start in range(0, len(ordered), CHUNK):

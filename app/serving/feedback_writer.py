@@ -12,7 +12,8 @@ from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.exc import DBAPIError
 
 from app.database import KeptWriter, is_outage
-from app.serving.event_store import KnownSubjects, NewEvent, Outcome, store_events
+from app.serving.event_store import KnownSubjects, Outcome, store_events
+from app.serving.new_events import NewEvent
 
 log = structlog.get_logger(__name__)
 

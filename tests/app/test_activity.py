@@ -9,7 +9,8 @@ from sqlalchemy.engine import Engine
 from app.database import writing
 from app.serving.activity import MAX_POPULAR_HOURS, REFERENCE_WINDOWS, Activity
 from app.serving.catalog import Catalog
-from app.serving.event_store import NewEvent, store_events
+from app.serving.event_store import store_events
+from app.serving.new_events import NewEvent
 from ml.snapshots import DEFAULT_MEANINGS
 
 START = datetime(2026, 3, 1, 12, 30, tzinfo=UTC)

@@ -15,8 +15,9 @@ from sqlalchemy.engine import Engine
 
 from app.database import create_engine, writing
 from app.erasure import erase
-from app.serving.event_store import NewEvent, store_events
+from app.serving.event_store import store_events
 from app.serving.feedback_writer import FeedbackWriter, OverloadedError, StoppedError
+from app.serving.new_events import NewEvent
 from app.tables import events, items, users
 
 
