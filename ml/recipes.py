@@ -180,17 +180,18 @@ RECIPES: dict[str, Recipe] = {
         epochs=20,
         patience=5,
     ),
-    # For many interactions an item: wider vectors, more of which are dropped.
+    # For many interactions an item: wider vectors, more of which are dropped, against more samples.
     "caser-large": Recipe(
         name="caser-large",
         model="caser",
         config=CaserConfig(factors=128, embedding_dropout=0.5, unknown_user_share=0.2),
-        negatives=512,
+        negatives=2048,
         shared_negatives=True,
+        recency=0.3,
         learning_rate=0.005,
         schedule="cosine",
         batch_size=1024,
-        epochs=10,
+        epochs=8,
     ),
     # As the seed texts set the two models up; hinge by overriding the loss.
     "neumf-seeds": Recipe(
