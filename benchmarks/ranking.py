@@ -60,7 +60,7 @@ def milliseconds(ways: dict[str, Callable[[], object]], rounds: int) -> dict[str
 
 
 def trained(recipe: str, data: Interactions, **overrides: str) -> RankingModel:
-    with torch.enable_grad():
+    with torch.inference_mode(False), torch.enable_grad():
         return train(apply_overrides(RECIPES[recipe], overrides), data, device="cpu").model.eval()
 
 
@@ -205,8 +205,6 @@ def caser(model: RankingModel, data: Interactions, items: int, users: int) -> No
     numbers, groups = scores.numpy(), scores[: items // 128 * 128].view(-1, 128)
     times = milliseconds(
         {
-            "ours": lambda: prepared.top(row, NOTHING, K, None),
-            "pass": lambda: torch._int_mm(table, column, out=sums),
             "float32": lambda: products.vectors @ row[0],
             "bfloat16": partial(torch.mv, products.vectors.bfloat16(), row[0].bfloat16()),
             "topk": lambda: torch.topk(scores, K),
@@ -218,13 +216,21 @@ def caser(model: RankingModel, data: Interactions, items: int, users: int) -> No
         },
         20,
     )
+    times |= milliseconds(
+        {
+            **{str(number): partial(prepared.top, one, NOTHING, K, None) for number, one in enumerate(several)},
+            "pass": lambda: torch._int_mm(table, column, out=sums),
+        },
+        100,
+    )
     for name in ("float32", "bfloat16"):
         show(f"caser_{name}_product_milliseconds", round(times[name], 3))
     for name in ("topk", "argpartition", "best_of", "maxima"):
         show(f"selection_by_{name}_milliseconds", round(times[name], 3))
     show("caser_pass_milliseconds", round(times["pass"], 3))
-    show("caser_milliseconds", round(times["ours"], 3))
-    show("caser_over_one_pass", round(times["ours"] / times["pass"], 3), must=1.3, reach=1.15)
+    ours = float(np.mean([times[str(number)] for number in range(len(several))]))
+    show("caser_milliseconds", round(ours, 3))
+    show("caser_over_one_pass", round(ours / times["pass"], 3), must=1.3, reach=1.15)
     show("caser_16_users_together_over_alone", round(times["together"] / times["alone"], 3), must=0.75, reach=0.5)
     equal, step = 0, 16
     for first in range(0, users, step):
@@ -303,7 +309,7 @@ def main() -> None:
         users[simulated.user_index].tolist(), items[simulated.item_index].tolist(), time=simulated.time
     )
     wanted = {chosen.only} if chosen.only else {"neumf", "caser", "small", "retrieval"}
-    with torch.no_grad():
+    with torch.inference_mode():  # as the service ranks
         if "neumf" in wanted:
             neumf(data, chosen.items, min(200, chosen.users))
         if wanted != {"neumf"}:

@@ -33,22 +33,23 @@ class Gathering(Generic[Asked, Given]):
 
     def __call__(self, asked: Asked) -> Given:
         """Return what the work gives for this call, or raise what it raised."""
-        call = _Call[Asked, Given](asked)
+        call = None
         with self._lock:
-            works = self._free > 0
-            if works:
+            if self._free > 0:
                 self._free -= 1
             else:
+                call = _Call[Asked, Given](asked)
                 self._waiting.append(call)
-        if works:
-            batch = [call]
-        else:
-            call.turn.wait()
-            if call.done:
-                return call.result()
-            batch = [call, *self._taken()]
+        if call is None:
+            try:
+                return self._alone(asked)
+            finally:
+                self._hand_on()
+        call.turn.wait()
+        if call.done:
+            return call.result()
         try:
-            self._work(batch)
+            self._work([call, *self._taken()])
         finally:
             self._hand_on()
         return call.result()

@@ -6,6 +6,7 @@ import math
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -19,9 +20,11 @@ from ml.screening import GROUP, Bounds, Floats, Indices
 NARROWEST = 64
 _LEVELS = 127
 _ROUNDING = 2.0**-23
-_ROWS = 512 * GROUP
+_ROWS = 256 * GROUP
+# Rows whose products are still in a core's cache when the highest of each group is looked for.
+_PASSED = 512 * GROUP
 # Rows whose products for several users stay in a core's cache.
-_SHARED_ROWS = 64 * GROUP
+_SHARED_ROWS = 32 * GROUP
 
 Wholes = npt.NDArray[np.int32]
 
@@ -47,13 +50,14 @@ class InnerProductScreen:
         self._biases.reshape(-1)[:count] = 0 if products.biases is None else products.biases[order].numpy()
         self._scales = np.zeros(groups, np.float32)
         # The length of the longest item of each group, and of the most that rounding took from one.
-        self._limits = np.zeros((2, groups), np.float32)
+        self._limits = np.zeros((3, groups), np.float32)
         for first in range(0, count, _ROWS):
             vectors = products.vectors[order[first : first + _ROWS]]
             rows = torch.zeros(-(-len(vectors) // GROUP) * GROUP, width)
             rows[: len(vectors)] = vectors
             self._round(rows.view(-1, GROUP, width), first // GROUP)
-        self._highest_bias = self._biases.max(1)
+        # One more row for the highest bias: with a user's weights, all that is added to a group's highest product.
+        self._limits[2] = self._biases.max(1)
         self._largest_bias = float(np.where(np.isfinite(self._biases), np.abs(self._biases), 0).max())
         self._memory = threading.local()
 
@@ -71,11 +75,11 @@ class InnerProductScreen:
         user = self._rounded(encoded)
         if user is None:
             return None
-        products, highest = self._buffers()
-        torch._int_mm(self._table, torch.from_numpy(user.numbers), out=products)
-        torch.amax(products.view(-1, GROUP), 1, out=highest)
-        whole = products.numpy().reshape(-1, GROUP)
-        return self._screened(user, highest.numpy(), lambda groups: whole[groups])
+        column, memory = torch.from_numpy(user.numbers), self._buffers()
+        for rows, products, of_groups, highest in memory.blocks:
+            torch._int_mm(rows, column, out=products)
+            torch.amax(of_groups, 1, out=highest)
+        return self._screened(user, memory.highest, lambda groups: memory.products[groups])
 
     def together(self, encoded: Sequence[Tensor]) -> list[ScreenedProducts | None]:
         """The same for several users, in one pass over the table; products are taken again where they are asked for."""
@@ -83,9 +87,11 @@ class InnerProductScreen:
         numbers = np.zeros((len(users), self._table.shape[1]), np.int8)
         for row, user in enumerate(users):
             numbers[row] = 0 if user is None else user.numbers[:, 0]
-        rows, parts = torch.from_numpy(numbers), []
-        for first in range(0, len(self._table), _SHARED_ROWS):
-            products = torch._int_mm(rows, self._table[first : first + _SHARED_ROWS].T)
+        rows, memory = torch.from_numpy(numbers), torch.empty(len(users) * _SHARED_ROWS, dtype=torch.int32)
+        parts = []
+        for part in torch.split(self._table, _SHARED_ROWS):
+            products = memory[: len(users) * len(part)].view(len(users), -1)
+            torch._int_mm(rows, part.T, out=products)
             parts.append(products.view(len(users), -1, GROUP).amax(2))
         highest = torch.cat(parts, 1).numpy()
         table = self._table.view(-1, GROUP, self._table.shape[1])
@@ -101,12 +107,13 @@ class InnerProductScreen:
 
     def _rounded(self, encoded: Tensor) -> _Rounded | None:
         """One encoded user, (1, d), in 8 bits; None if it is not made of numbers."""
+        # Few steps, here and below: beside a pass over a large table nothing stays in the processor's cache.
         query, offset = self._products.query(encoded[0])
         exact = query.numpy()
         length = math.sqrt(float(exact @ exact))
         if not math.isfinite(length):
             return None
-        scale = max(float(np.abs(exact).max()) / _LEVELS, 1e-30)
+        scale = max(float(exact.max()), -float(exact.min()), _LEVELS * 1e-30) / _LEVELS
         # Made as a column: the product takes a row seen as one for something else.
         numbers = np.zeros((self._table.shape[1], 1), np.int8)
         rounded = np.rint(exact / np.float32(scale))
@@ -115,26 +122,36 @@ class InnerProductScreen:
         error = math.sqrt(float(lost @ lost))
         # The room is for what arithmetic in float32 may be off, here and in the exact scores.
         room = _ROUNDING * (self._width + 16)
-        weights = np.array([error + 2 * room * length, (length + error) * (1 + room)], np.float32)
+        weights = np.array([error + 2 * room * length, (length + error) * (1 + room), 1], np.float32)
         return _Rounded(numbers, scale, weights, room * (self._largest_bias + 2 * abs(offset)) + offset)
 
     def _screened(self, user: _Rounded, highest: Wholes, products: Callable[[Indices], Wholes]) -> ScreenedProducts:
-        # Few steps: after a pass over a large table nothing is left in the processor's cache.
-        bounds = user.weights @ self._limits
-        bounds += np.float32(user.added)
+        scores = user.weights @ self._limits
+        scores += np.float32(user.added)
         scales = self._scales * np.float32(user.scale)
-        highest_scores = highest * scales
-        highest_scores += self._highest_bias
-        highest_scores += bounds
-        return ScreenedProducts(highest_scores, products, scales[:, None], self._biases, bounds[:, None], self._items)
+        scores += np.multiply(highest, scales, dtype=np.float32)
+        return ScreenedProducts(scores, products, scales, user, self._limits, self._biases, self._items)
 
-    def _buffers(self) -> tuple[Tensor, Tensor]:
+    def _buffers(self) -> _Memory:
         """Memory for the products and the highest of each group, kept by each thread: fresh pages take as long."""
-        memory = self._memory
-        if not hasattr(memory, "products"):
-            memory.products = torch.empty(len(self._table), 1, dtype=torch.int32)
-            memory.highest = torch.empty(len(self._scales), dtype=torch.int32)
-        return memory.products, memory.highest
+        memory: _Memory | None = getattr(self._memory, "kept", None)
+        if memory is None:
+            products = torch.empty(len(self._table), 1, dtype=torch.int32)
+            highest = torch.empty(len(self._scales), dtype=torch.int32)
+            of_groups = products.view(-1, GROUP)
+            parts = (torch.split(self._table, _PASSED), torch.split(products, _PASSED))
+            by_group = (torch.split(part, _PASSED // GROUP) for part in (of_groups, highest))
+            memory = _Memory(of_groups.numpy(), highest.numpy(), list(zip(*parts, *by_group, strict=True)))
+            self._memory.kept = memory
+        return memory
+
+
+class _Memory(NamedTuple):
+    """Of one thread: the last products, (groups, GROUP), the highest of each group, and views of both by block."""
+
+    products: Wholes
+    highest: Wholes
+    blocks: list[tuple[Tensor, Tensor, Tensor, Tensor]]  # rows of the table, products as column, by group, highest
 
 
 @dataclass(frozen=True)
@@ -151,18 +168,21 @@ class _Rounded:
 class ScreenedProducts:
     """One user's rounded products, (groups, GROUP), valid until the thread's next call of the screen."""
 
+    crowding: ClassVar[int] = 4
     highest: Floats | Bounds
     products: Callable[[Indices], Wholes]
     scales: Floats
+    user: _Rounded
+    limits: Floats
     biases: Floats
-    bounds: Floats
     numbers: Wholes
 
     def scores(self, groups: Indices) -> Floats:
-        scores = self.products(groups).astype(np.float32)
-        scores *= self.scales[groups]
+        scores = np.multiply(self.products(groups), self.scales[groups, None], dtype=np.float32)
         scores += self.biases[groups]
-        scores += self.bounds[groups]
+        bounds = self.user.weights[:2] @ self.limits[:2, groups]
+        bounds += np.float32(self.user.added)
+        scores += bounds[:, None]
         return scores
 
     def items(self, groups: Indices) -> Indices:

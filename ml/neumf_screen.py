@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +16,7 @@ from ml.models.neumf import NeuMF
 from ml.screening import GROUP, Bounds, Floats, Indices
 
 # Items handled at once: what the tower makes of them stays in a core's cache.
-BLOCK = 64 * GROUP
+BLOCK = 32 * GROUP
 _LEVELS = 127
 _FINE = 254  # a user's factors have a second digit of this many steps
 _ROUNDING = 2.0**-23
@@ -163,6 +164,7 @@ class _Columns:
 class ScreenedScores:
     """One user's scores, (groups, GROUP), off by less than a bound; valid until the thread's next call."""
 
+    crowding: ClassVar[int] = 1
     highest: Bounds
     approximate: Floats
     bound: float

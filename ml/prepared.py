@@ -98,37 +98,35 @@ class Prepared:
             items, values = self.top_of_all(encoded, [excluded], k, allowed)
             return items[0][items[0] >= 0], values[0][items[0] >= 0]
         excluded = np.sort(excluded)
-
         rescore = self._exactly(encoded)
 
-        def may_show(items: Indices) -> npt.NDArray[np.bool_]:
-            shown = np.ones(len(items), np.bool_) if allowed is None else allowed[items]
+        def shown(items: Indices) -> Indices:
+            if allowed is not None:
+                items = items[allowed[items]]
             if len(excluded):
-                shown &= excluded[np.minimum(np.searchsorted(excluded, items), len(excluded) - 1)] != items
-            return shown
+                items = items[excluded[np.minimum(np.searchsorted(excluded, items), len(excluded) - 1)] != items]
+            return items
 
         share = 1.0 if allowed is None else np.count_nonzero(allowed) / len(allowed)
         starved = False
         if self._retrieval is not None:
             items = np.zeros(0, np.int64)
             if share >= MOST_FILTERED:
-                items = self._retrieval.candidates(encoded, int(candidate_count(k + len(excluded)) / share))
-                items = items[may_show(items)]
+                items = shown(self._retrieval.candidates(encoded, int(candidate_count(k + len(excluded)) / share)))
             if len(items) >= k:
                 best, values = best_of(rescore(items), k, items)
                 self._on_ranked("retrieved")
                 return items[best], values
             starved = True
         if allowed is not None and share < FEW_ALLOWED:
-            few = np.flatnonzero(allowed)
-            few = few[may_show(few)]
+            few = shown(np.flatnonzero(allowed))
             best, values = best_of(rescore(few), k)
             self._on_ranked("starved" if starved else "scored")
             return few[best], values
         found = None
         if self._screen is not None:
             pool = int((k + len(excluded)) / share) + SPARE
-            found = screened_top(self._screen, encoded, rescore, may_show, k, pool)
+            found = screened_top(self._screen, encoded, rescore, shown, k, pool)
         self._on_ranked("starved" if starved else "scored" if found is None else "screened")
         if found is not None:
             return found

@@ -19,7 +19,7 @@ Floats = npt.NDArray[np.float32]
 Bounds = npt.NDArray[np.float64]
 
 # Items that share a bound, and the highest score among which is found first.
-GROUP = 128
+GROUP = 256
 # Past this share of the catalogue, scoring exactly what a bound leaves costs more than scoring all.
 MOST_CANDIDATES = 0.2
 # Promising items beyond those asked for: the better they are, the higher the floor.
@@ -39,6 +39,10 @@ class Screened(Protocol):
     """One user's approximate scores."""
 
     @property
+    def crowding(self) -> int:
+        """About how many of the best items share a group."""
+
+    @property
     def highest(self) -> Floats | Bounds:
         """What the exact score of no item in a group exceeds, (groups,)."""
 
@@ -53,38 +57,40 @@ def screened_top(
     screen: Callable[[Tensor], Screened | None],
     encoded: Tensor,
     rescore: Callable[[Indices], Floats],
-    may_show: Callable[[Indices], npt.NDArray[np.bool_]],
+    shown: Callable[[Indices], Indices],
     k: int,
     pool: int,
 ) -> tuple[Indices, Floats] | None:
     """Find the k best items of one user, best first, the lower index first where scores tie, and their exact scores.
 
     `screen` bounds the scores of all items for one encoded user, (1, width), or gives None if they cannot be bounded.
-    `rescore` scores items exactly and `may_show` says which may be shown; `pool` items are expected to hold k of those.
-    None if they do not, or if so many items may belong that scoring everything is faster.
+    `rescore` scores items exactly and `shown` keeps those that may be shown; `pool` items are expected to hold k of
+    those. None if they do not, or if so many items may belong that scoring everything is faster.
     """
+    # Few steps: beside a pass over a large table nothing stays in the processor's cache.
     found = screen(encoded)
     if found is None:
         return None
     highest = found.highest
-    pool = min(pool, len(highest))
-    groups = np.argpartition(-highest, pool - 1)[:pool]
-    bounds = found.scores(groups)
-    chosen = np.flatnonzero(bounds >= bounds.max(1).min())
-    if len(chosen) > 2 * pool:  # the best of some groups lie close together
-        chosen = chosen[np.argpartition(-bounds.reshape(-1)[chosen], pool)[:pool]]
-    promising = found.items(groups).reshape(-1)[chosen]
+    count = min(-(-pool // found.crowding), len(highest))
+    least = np.partition(highest, len(highest) - count)[len(highest) - count]
+    groups = np.flatnonzero(highest >= least)
+    bounds, items = found.scores(groups).reshape(-1), found.items(groups).reshape(-1)
+    promising = items
+    if pool < len(bounds):
+        promising = items[bounds >= np.partition(bounds, len(bounds) - pool)[len(bounds) - pool]]
     promising = promising[promising >= 0]
-    exact = rescore(promising[may_show(promising)])
+    exact = rescore(shown(promising))
     if len(exact) < k:
         return None
     floor = float(np.partition(exact, len(exact) - k)[len(exact) - k])
-    groups = np.flatnonzero(highest >= floor)
-    left = np.flatnonzero(found.scores(groups) >= floor)
-    if len(left) > max(MOST_CANDIDATES * GROUP * len(highest), 4 * pool):
+    if floor < least:  # others may belong as well
+        groups = np.flatnonzero(highest >= floor)
+        bounds, items = found.scores(groups).reshape(-1), found.items(groups).reshape(-1)
+    candidates = items[bounds >= floor]
+    if len(candidates) > max(MOST_CANDIDATES * GROUP * len(highest), 4 * pool):
         return None
-    candidates = found.items(groups).reshape(-1)[left]
-    candidates = candidates[may_show(candidates)]
+    candidates = shown(candidates)
     exact = rescore(candidates)
     best, values = best_of(exact, k, candidates)
     return candidates[best], values
