@@ -11,7 +11,7 @@ import numpy.typing as npt
 from app.erasure import subject_sha256
 from app.serving.catalog import Catalog, Change
 from app.serving.filters import EVERY_CATEGORY, CategoryFilter
-from app.serving.histories import ItemNumbers, Numbers
+from app.serving.history import ItemNumbers, Numbers
 from ml.ids import IdMap
 
 Mask = npt.NDArray[np.bool_]

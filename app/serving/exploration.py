@@ -17,7 +17,7 @@ import numpy as np
 from app.serving.active_models import Active
 from app.serving.catalog import Catalog
 from app.serving.diversity import CategoryCap
-from app.serving.histories import History
+from app.serving.history import History
 from app.serving.popularity import Popularity
 
 # So many items at most take part at a time; which ones changes with every turn.

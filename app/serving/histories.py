@@ -4,13 +4,11 @@ import asyncio
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Coroutine, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Coroutine, Iterable, Mapping
+from dataclasses import dataclass
 from itertools import chain
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeAlias
 
-import numpy as np
-import numpy.typing as npt
 import structlog
 from sqlalchemy.engine import Engine
 from starlette.concurrency import run_in_threadpool
@@ -18,90 +16,19 @@ from starlette.concurrency import run_in_threadpool
 from app.database import is_outage
 from app.erasure import subject_sha256
 from app.serving.catalog import Catalog
-from app.serving.history_readers import HistoryReader, Look, Row, Whole, open_reader, read_whole
-from ml.snapshots import RETRACT, EventMeaning, meaning_of
+from app.serving.history import History, HistoryBuilder
+from app.serving.history_readers import Asked, HistoryReader, Look, open_reader, read_whole
+from ml.snapshots import EventMeaning
 
 log = structlog.get_logger(__name__)
 
 REMEMBERED_USERS = 20_000
 # All remembered histories together, in units of four bytes.
 REMEMBERED_NUMBERS = 20_000_000
+# So many histories are begun with one look: each may take a millisecond.
+MOST_BEGUN = 8
 # After the database failed to answer, requests do without it this long rather than wait for it one by one.
 OUTAGE_SECONDS = 1.0
-
-Numbers = npt.NDArray[np.int32]
-Times = npt.NDArray[np.int64]
-T = TypeVar("T", bound=np.generic)
-
-
-class ItemNumbers:
-    """A small number for each item that a history names, so that a history takes four bytes an item."""
-
-    def __init__(self) -> None:
-        self.item_ids: list[str] = []
-        self._numbers: dict[str, int] = {}
-        self._lock = threading.Lock()
-
-    def __len__(self) -> int:
-        return len(self.item_ids)
-
-    def number(self, item_id: str) -> int:
-        """The item's number, a new one at first sight."""
-        found = self._numbers.get(item_id)
-        if found is not None:
-            return found
-        with self._lock:
-            if item_id not in self._numbers:
-                self.item_ids.append(item_id)
-                self._numbers[item_id] = len(self.item_ids) - 1
-            return self._numbers[item_id]
-
-    def find(self, item_id: str) -> int:
-        """The item's number; -1 where no history has named it."""
-        return self._numbers.get(item_id, -1)
-
-    def numbers(self, item_ids: Iterable[str]) -> Numbers:
-        return np.fromiter(map(self.number, item_ids), np.int32)
-
-
-_NO_NUMBERS: Numbers = np.zeros(0, np.int32)
-_NO_TIMES: Times = np.zeros(0, np.int64)
-_NOTHING_NUMBERED = ItemNumbers()
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class History:
-    """One user's interactions, oldest first, and what later answers leave out.
-
-    It never changes: a newer one replaces it. `kept` holds what was worked out of it, and goes with it.
-    """
-
-    items: ItemNumbers = _NOTHING_NUMBERED
-    interactions: Numbers = field(default_factory=lambda: _NO_NUMBERS)
-    interacted_at: Times = field(default_factory=lambda: _NO_TIMES)  # when, in microseconds since 1970
-    left_out: Numbers = field(default_factory=lambda: _NO_NUMBERS)  # distinct
-    kept_out_for_good: Numbers = field(default_factory=lambda: _NO_NUMBERS)  # by an event that is no interaction
-    feedback_through: int | None = None  # position of the user's newest event
-    kept: list[Any] = field(default_factory=list)
-
-    @property
-    def item_ids(self) -> tuple[str, ...]:
-        """The interactions' items."""
-        return tuple(self._named(self.interactions))
-
-    def latest(self, count: int) -> list[str]:
-        """The items of the last so many interactions, oldest first."""
-        return self._named(self.interactions[-count:])
-
-    @property
-    def excluded(self) -> frozenset[str]:
-        """The items that later answers leave out."""
-        return frozenset(self._named(self.left_out))
-
-    def _named(self, numbers: Numbers) -> list[str]:
-        item_ids = self.items.item_ids
-        return [item_ids[number] for number in numbers.tolist()]
-
 
 Answer: TypeAlias = "asyncio.Future[History]"
 
@@ -117,10 +44,6 @@ class _Remembered:
     history: History
     since: int
     positions: frozenset[int]
-
-    @property
-    def size(self) -> int:
-        return 3 * len(self.history.interactions) + len(self.history.left_out) + len(self.history.kept_out_for_good)
 
 
 class Histories:
@@ -139,10 +62,8 @@ class Histories:
     ) -> None:
         self._engine = engine
         self._catalog = catalog
-        self._meanings = dict(meanings)
-        self._max_history = max_history
+        self._builder = HistoryBuilder(meanings, max_history)
         self._capacity = capacity
-        self._items = ItemNumbers()
         self._remembered: OrderedDict[str, _Remembered] = OrderedDict()
         self._size = 0
         self._erasures_through = 0
@@ -192,7 +113,7 @@ class Histories:
                 return
             gone = {user for user, sequence in self._catalog.erased_users.copy().items() if sequence > since}
             for user_id in [user_id for user_id in self._remembered if subject_sha256(user_id) in gone]:
-                self._size -= self._remembered.pop(user_id).size
+                self._size -= self._remembered.pop(user_id).history.size
 
     def forget_outage(self) -> None:
         """Ask the database again at once: somebody heard it answer."""
@@ -220,23 +141,34 @@ class Histories:
     async def _ask(self) -> None:
         """Answer all that wait, round by round; what arrives during a round belongs to the next one."""
         while self._waiting:
-            waiting, self._waiting = self._waiting, {}
+            waiting = self._next_round()
             try:
                 await self._answer(waiting)
             except Exception as error:
                 self.close()
                 _deliver(chain.from_iterable(waiting.values()), error)
+            if self._waiting:  # a look at SQLite waits for nothing: let others in
+                await asyncio.sleep(0)
         self._asking = False
 
+    def _next_round(self) -> dict[str, list[Answer]]:
+        """All that wait, but for users who are new here and too many: to begin a history takes longer."""
+        waiting, self._waiting = self._waiting, {}
+        new = [user_id for user_id in waiting if user_id not in self._remembered]
+        for user_id in new[MOST_BEGUN:]:
+            self._waiting[user_id] = waiting.pop(user_id)
+        return waiting
+
     async def _answer(self, waiting: dict[str, list[Answer]]) -> None:
-        known = {user_id: found for user_id in waiting if (found := self._remembered.get(user_id)) is not None}
-        look = await self._look([(user_id, found.since) for user_id, found in known.items()])
+        known = {user_id: self._remembered.get(user_id) for user_id in waiting}
+        forgotten = self._forgotten
+        look = await self._look([(user_id, None if was is None else was.since) for user_id, was in known.items()])
         if look.catalog != self._followed:
             await run_in_threadpool(self._follow)
             self._followed = look.catalog
         for user_id, answers in waiting.items():
-            was = known.get(user_id)
-            history = None if was is None else self._brought_up(user_id, was, look)
+            was = known[user_id]
+            history = self._begun(user_id, look, forgotten) if was is None else self._brought_up(user_id, was, look)
             if history is not None:
                 _deliver(answers, history)
             elif user_id in self._reading:
@@ -245,7 +177,7 @@ class Histories:
                 self._reading[user_id] = []
                 self._start(self._answer_whole(user_id, answers))
 
-    async def _look(self, asked: list[tuple[str, int]]) -> Look:
+    async def _look(self, asked: list[Asked]) -> Look:
         used = self._reader
         if used is not None:
             try:
@@ -255,7 +187,7 @@ class Histories:
                 self._reader = None
                 if not is_outage(error):
                     raise
-        self._reader = await run_in_threadpool(open_reader, self._engine)
+        self._reader = await run_in_threadpool(open_reader, self._engine, self._builder.needs_values)
         return await self._reader.look(asked)
 
     def _follow(self) -> None:
@@ -280,11 +212,24 @@ class Histories:
     def _remember(self, user_id: str, found: _Remembered) -> None:
         replaced = self._remembered.pop(user_id, None)
         self._remembered[user_id] = found
-        self._size += found.size - (replaced.size if replaced is not None else 0)
+        self._size += found.history.size - (0 if replaced is None else replaced.history.size)
         while len(self._remembered) > self._capacity or (self._size > REMEMBERED_NUMBERS and len(self._remembered) > 1):
-            self._size -= self._remembered.popitem(last=False)[1].size
+            self._size -= self._remembered.popitem(last=False)[1].history.size
 
     # --- from events to histories ----------------------------------------------------------------------------------
+
+    def _begun(self, user_id: str, look: Look, forgotten: int) -> History | None:
+        """The history of a user who is new here; None if it must be read as a whole."""
+        events = look.begun.get(user_id)
+        history = None if events is None else self._builder.of_events(events)
+        if events is None or history is None:
+            return None
+        late = zip(events.marks, events.positions, strict=True)
+        positions = frozenset(position for mark, position in late if mark >= look.settled)
+        with self._lock:
+            if self._forgotten == forgotten:
+                self._remember(user_id, _Remembered(history, look.settled, positions))
+        return history
 
     def _brought_up(self, user_id: str, was: _Remembered, look: Look) -> History | None:
         """The history with what a look found; None if it must be read as a whole."""
@@ -297,7 +242,7 @@ class Histories:
                 self._remembered.move_to_end(user_id)
                 return was.history
             fresh = [row for row in rows if row.mark >= found.since and row.position not in found.positions]
-            history = self._extended(found.history, fresh) if fresh else found.history
+            history = self._builder.extended(found.history, fresh) if fresh else found.history
             if history is None:
                 return None
             since = max(found.since, look.settled)
@@ -307,78 +252,12 @@ class Histories:
             self._remember(user_id, _Remembered(history, since, positions))
             return history
 
-    def _extended(self, history: History, rows: Sequence[Row]) -> History | None:
-        """The history with newer events; None where they do not simply follow it."""
-        interactions, interacted_at = history.interactions, history.interacted_at
-        left_out, kept_out = history.left_out, history.kept_out_for_good
-        through = history.feedback_through or 0
-        for row in sorted(rows, key=lambda row: (row.occurred_at, row.position)):
-            if row.type == RETRACT:
-                return None
-            meaning = meaning_of(self._meanings, row.type)
-            number = self._items.number(row.item_id)
-            interaction = meaning.is_interaction(row.value)
-            if meaning.excludes:
-                left_out = _with_number(left_out, number)
-                if not interaction:
-                    kept_out = _with_number(kept_out, number)
-            if interaction:
-                place = int(np.searchsorted(interacted_at, row.occurred_at, "right"))
-                if place and interacted_at[place - 1] == row.occurred_at and row.position < through:
-                    return None  # which of the two came first, only their positions tell
-                if place or len(interactions) < self._max_history:  # else it is older than all that count
-                    interactions = _inserted(interactions, place, number)[-self._max_history :]
-                    interacted_at = _inserted(interacted_at, place, row.occurred_at)[-self._max_history :]
-        through = max(through, *(row.position for row in rows))
-        return History(self._items, interactions, interacted_at, left_out, kept_out, through)
-
     def _whole(self, user_id: str) -> _Remembered:
         whole = read_whole(self._engine, user_id)
         positions = frozenset(
             position for mark, position in zip(whole.marks, whole.positions, strict=True) if mark >= whole.settled
         )
-        return _Remembered(self._history(whole), whole.settled, positions)
-
-    def _history(self, whole: Whole) -> History:
-        if not whole.positions:
-            return History(self._items)
-        taken_back = {retracts for retracts in whole.retracts if retracts is not None}
-        meanings = {type_: meaning_of(self._meanings, type_) for type_ in set(whole.types)}
-        interactions: list[str] = []
-        times: list[int] = []
-        left_out: dict[str, None] = {}
-        kept_out: dict[str, None] = {}
-        columns = (whole.event_ids, whole.item_ids, whole.types, whole.values, whole.occurred_at)
-        for event_id, item_id, type_, value, occurred_at in zip(*columns, strict=True):
-            if type_ == RETRACT or event_id in taken_back:
-                continue
-            meaning = meanings[type_]
-            interaction = meaning.is_interaction(value)
-            if meaning.excludes:
-                left_out[item_id] = None
-                if not interaction:
-                    kept_out[item_id] = None
-            if interaction:
-                interactions.append(item_id)
-                times.append(occurred_at)
-        return History(
-            self._items,
-            self._items.numbers(interactions[-self._max_history :]),
-            np.array(times[-self._max_history :], np.int64),
-            self._items.numbers(left_out),
-            self._items.numbers(kept_out),
-            max(whole.positions),
-        )
-
-
-def _inserted(values: npt.NDArray[T], place: int, value: int) -> npt.NDArray[T]:
-    new = np.empty(len(values) + 1, values.dtype)
-    new[:place], new[place], new[place + 1 :] = values[:place], value, values[place:]
-    return new
-
-
-def _with_number(numbers: Numbers, number: int) -> Numbers:
-    return numbers if number in numbers else np.append(numbers, np.int32(number))
+        return _Remembered(self._builder.of_whole(whole), whole.settled, positions)
 
 
 def _deliver(answers: Iterable[Answer], result: History | Exception) -> None:

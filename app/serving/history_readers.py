@@ -6,24 +6,29 @@ statements take several times as long as the database itself here.
 """
 
 import asyncio
+import math
 import sqlite3
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+import numpy.typing as npt
 import psycopg
 from psycopg import pq
+from pydantic_core import from_json
 from sqlalchemy.engine import Engine
 from sqlalchemy.exc import DatabaseError, OperationalError
 
-# A user, and the mark from which on events are wanted.
-Asked = tuple[str, int]
+# A user, and the mark from which on events are wanted; None for all of them, unless they are many.
+Asked = tuple[str, int | None]
 
 # A reader of SQLite that must wait holds up the event loop; only another process's crash makes it wait.
 SQLITE_WAIT_MS = 200
 ANSWER_SECONDS = 5.0
 ROWS_AT_A_TIME = 1_000
+# More events than this are not read within a look.
+MOST_EVENTS = 1_000
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND = timedelta(microseconds=1)
 
@@ -39,12 +44,24 @@ class Row(NamedTuple):
     occurred_at: int  # microseconds since 1970
 
 
+class Events(NamedTuple):
+    """All events of one user in any order, as columns."""
+
+    marks: Sequence[int]
+    positions: Sequence[int]
+    item_ids: Sequence[str]
+    types: Sequence[str]
+    values: Sequence[float | None]  # all None where the reader was not asked for them
+    occurred_at: npt.NDArray[np.int64]
+
+
 class Look(NamedTuple):
     """What one look found, all as of one moment."""
 
     catalog: tuple[Any, ...]  # changes with every change to the catalogue and every erasure
     settled: int  # every event whose mark is lower was there to see
-    rows: dict[str, list[Row]]  # by user; those without any are not named
+    rows: dict[str, list[Row]]  # newer ones by user; those without any are not named
+    begun: dict[str, Events]  # of the users all of whose events were wanted; those with too many are not named
 
 
 class Whole(NamedTuple):
@@ -68,9 +85,10 @@ class HistoryReader(Protocol):
     def close(self) -> None: ...
 
 
-def open_reader(engine: Engine) -> HistoryReader:
-    """The reader that suits the database."""
-    return PostgresReader(engine) if engine.dialect.name == "postgresql" else SqliteReader(engine)
+def open_reader(engine: Engine, needs_values: bool) -> HistoryReader:
+    """The reader that suits the database; `needs_values` asks for the values in `Look.begun` as well."""
+    reader = PostgresReader if engine.dialect.name == "postgresql" else SqliteReader
+    return reader(engine, needs_values)
 
 
 def _driver_connection(engine: Engine) -> Any:
@@ -94,6 +112,14 @@ _SQLITE_NEWER = (
     "SELECT position, item_id, type, value, occurred_at FROM events"
     " WHERE user_id = ? AND transaction_id IS NULL AND position >= ?"
 )
+# A column in one text is read faster than row by row. JSON would round values: they come in digits.
+_SQLITE_ALL = f"""
+    SELECT json_group_array(position), json_group_array(item_id), json_group_array(type),
+        json_group_array(occurred_at), {{values}}
+    FROM (SELECT position, item_id, type, value, occurred_at FROM events
+        WHERE user_id = ? AND transaction_id IS NULL ORDER BY position LIMIT {MOST_EVENTS + 1})
+"""  # noqa: S608
+_SQLITE_VALUES = "json_group_array(iif(value IS NULL, NULL, printf('%!.17g', value)))"
 _SQLITE_WHOLE = (
     "SELECT position, position, event_id, item_id, type, value, retracts, occurred_at FROM events"
     " WHERE user_id = ? ORDER BY occurred_at, position"
@@ -101,20 +127,26 @@ _SQLITE_WHOLE = (
 
 
 class SqliteReader:
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, needs_values: bool) -> None:
         self._connection: sqlite3.Connection = _driver_connection(engine)
+        self._all = _SQLITE_ALL.format(values=_SQLITE_VALUES if needs_values else "NULL")
         self._connection.execute(f"PRAGMA busy_timeout = {SQLITE_WAIT_MS}")
         self._connection.execute("PRAGMA query_only = ON")
 
     async def look(self, asked: Sequence[Asked]) -> Look:
         execute = self._connection.execute
         rows: dict[str, list[Row]] = {}
+        begun: dict[str, Events] = {}
         try:
             execute("BEGIN")
             try:
                 updated_at, erasure, newest = execute(_SQLITE_STATE).fetchone()
                 for user_id, since in asked:
-                    if since <= newest and (found := execute(_SQLITE_NEWER, (user_id, since)).fetchall()):
+                    if since is None:
+                        events = _sqlite_events(execute(self._all, (user_id,)).fetchone())
+                        if len(events.positions) <= MOST_EVENTS:
+                            begun[user_id] = events
+                    elif since <= newest and (found := execute(_SQLITE_NEWER, (user_id, since)).fetchall()):
                         rows[user_id] = [
                             Row(position, position, item_id, type_, value, _microseconds(occurred_at))
                             for position, item_id, type_, value, occurred_at in found
@@ -125,10 +157,22 @@ class SqliteReader:
             raise OperationalError("look", None, error) from error
         except sqlite3.Error as error:
             raise DatabaseError("look", None, error) from error
-        return Look((updated_at, erasure), newest + 1, rows)
+        return Look((updated_at, erasure), newest + 1, rows, begun)
 
     def close(self) -> None:
         self._connection.close()
+
+
+def _sqlite_events(found: tuple[str | None, ...]) -> Events:
+    positions, item_ids, types, times, values = [[] if column is None else from_json(column) for column in found]
+    return Events(
+        positions,
+        positions,
+        item_ids,
+        types,
+        [None if value is None else float(value) for value in values] or [None] * len(positions),
+        np.array(times, "datetime64[us]").astype(np.int64),
+    )
 
 
 def _microseconds(written: str) -> int:
@@ -151,6 +195,20 @@ _POSTGRESQL_LOOK = f"""
         OFFSET 0
     ) AS newer
 """  # noqa: S608 - no part of it comes from outside
+# All events of some users: a column in one value, as the wire has it, is read faster than row by row.
+_POSTGRESQL_ALL = f"""
+    SELECT asked.place, their.* FROM unnest($1::text[]) WITH ORDINALITY AS asked (user_id, place) CROSS JOIN LATERAL (
+        SELECT string_agg(int8send(transaction_id), ''::bytea), string_agg(int8send(position), ''::bytea),
+            string_agg(timestamptz_send(occurred_at), ''::bytea),
+            string_agg(float8send(coalesce(value, 'NaN')), ''::bytea),
+            string_agg(item_id, E'\n'), string_agg(type, E'\n')
+        FROM (
+            SELECT transaction_id, position, occurred_at, value, item_id, type FROM events
+            WHERE events.user_id = asked.user_id LIMIT {MOST_EVENTS + 1}
+        ) AS own
+    ) AS their
+"""  # noqa: S608
+_POSTGRESQL_EPOCH = 946_684_800_000_000  # microseconds from 1970 to its own beginning of time, 2000
 _POSTGRESQL_SETTLED = "SELECT pg_snapshot_xmin(pg_current_snapshot())::text::bigint"
 _POSTGRESQL_WHOLE = f"""
     SELECT transaction_id, position, event_id, item_id, type, value, retracts, {_MICROSECONDS} FROM events
@@ -163,16 +221,18 @@ _SETTINGS = ("jit = off", "plan_cache_mode = force_generic_plan", "enable_seqsca
 class PostgresReader:
     """One prepared statement through libpq's own non-blocking calls, one question at a time."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, needs_values: bool) -> None:
+        self._needs_values = needs_values
         self._connection = _driver_connection(engine)
         try:
             self._connection.autocommit = True
             for setting in _SETTINGS:
                 self._connection.execute(f"SET {setting}")
             self._pgconn: pq.abc.PGconn = self._connection.pgconn
-            prepared = self._pgconn.prepare(b"look", _POSTGRESQL_LOOK.encode())
-            if prepared.status != pq.ExecStatus.COMMAND_OK:
-                raise psycopg.errors.error_from_result(prepared)
+            for name, statement in ((b"look", _POSTGRESQL_LOOK), (b"all", _POSTGRESQL_ALL)):
+                prepared = self._pgconn.prepare(name, statement.encode())
+                if prepared.status != pq.ExecStatus.COMMAND_OK:
+                    raise psycopg.errors.error_from_result(prepared)
             self._pgconn.nonblocking = 1
         except psycopg.OperationalError as error:
             self._connection.close()
@@ -183,19 +243,29 @@ class PostgresReader:
         self._result: pq.abc.PGresult | None = None
 
     async def look(self, asked: Sequence[Asked]) -> Look:
-        loop = asyncio.get_running_loop()
         if self._loop is None:
-            self._loop = loop
+            loop = self._loop = asyncio.get_running_loop()
             loop.add_reader(self._socket, self._readable)
-        users = ",".join([_quoted(user_id) for user_id, _ in asked])
-        marks = ",".join([str(since) for _, since in asked])
+        known = [(user_id, since) for user_id, since in asked if since is not None]
+        marks = ",".join([str(since) for _, since in known])
+        newer = await self._ask(b"look", [_array([user_id for user_id, _ in known]), f"{{{marks}}}".encode()])
+        catalog, settled, rows = _newer(newer, known)
+        begun: dict[str, Events] = {}
+        if new := [user_id for user_id, since in asked if since is None]:
+            # A moment later: what was settled before is so now.
+            found = await self._ask(b"all", [_array(new)], pq.Format.BINARY)
+            begun = {new[place]: events for place, events in _all(found, self._needs_values)}
+        return Look(catalog, settled, rows, begun)
+
+    async def _ask(self, name: bytes, values: list[bytes], result_format: int = pq.Format.TEXT) -> "pq.abc.PGresult":
+        loop = asyncio.get_running_loop()
         answer = self._answer = loop.create_future()
         late = loop.call_later(ANSWER_SECONDS, self._fail, psycopg.OperationalError("no answer in time"))
         try:
-            self._pgconn.send_query_prepared(b"look", [f"{{{users}}}".encode(), f"{{{marks}}}".encode()])
+            self._pgconn.send_query_prepared(name, values, result_format=result_format)
             while self._pgconn.flush():  # a question that is longer than the socket's buffer
                 await asyncio.sleep(0.001)
-            result = await answer
+            result: pq.abc.PGresult = await answer
             if result.status != pq.ExecStatus.TUPLES_OK:
                 raise psycopg.errors.error_from_result(result)
         except psycopg.OperationalError as error:
@@ -205,7 +275,7 @@ class PostgresReader:
         finally:
             late.cancel()
             self._answer = None
-        return _look(result, asked)
+        return result
 
     def _readable(self) -> None:
         pgconn = self._pgconn
@@ -237,12 +307,15 @@ class PostgresReader:
         self._connection.close()
 
 
-def _quoted(user_id: str) -> str:
-    escaped = user_id.replace("\\", "\\\\").replace('"', '\\"')
-    return f'"{escaped}"'
+def _array(user_ids: Sequence[str]) -> bytes:
+    quoted = [user_id.replace("\\", "\\\\").replace('"', '\\"') for user_id in user_ids]
+    return ('{"' + '","'.join(quoted) + '"}' if quoted else "{}").encode()
 
 
-def _look(result: "pq.abc.PGresult", asked: Sequence[Asked]) -> Look:
+def _newer(
+    result: "pq.abc.PGresult", asked: Sequence[tuple[str, int]]
+) -> tuple[tuple[Any, ...], int, dict[str, list[Row]]]:
+    """The state of the catalogue, what is settled, and the rows by user."""
     value = result.get_value
     rows: dict[str, list[Row]] = {}
     settled = 0
@@ -261,7 +334,28 @@ def _look(result: "pq.abc.PGresult", asked: Sequence[Asked]) -> Look:
             int(occurred_at or 0),
         )
         rows.setdefault(asked[int(place or 0) - 1][0], []).append(row)
-    return Look(catalog, settled, rows)
+    return catalog, settled, rows
+
+
+def _all(result: "pq.abc.PGresult", needs_values: bool) -> Iterator[tuple[int, Events]]:
+    """The events of each user by their place in the question, but for those with too many."""
+    for n in range(result.ntuples):
+        place, *columns = [result.get_value(n, column) or b"" for column in range(7)]
+        marks, positions, times = (np.frombuffer(column, ">i8") for column in columns[:3])
+        if len(positions) > MOST_EVENTS:
+            continue
+        values: list[float | None] = [None] * len(positions)
+        if needs_values:
+            numbers = np.frombuffer(columns[3], ">f8").tolist()
+            values = [None if math.isnan(value) else value for value in numbers]
+        item_ids, types = (column.decode().split("\n") if column else [] for column in columns[4:])
+        if len(item_ids) != len(positions):  # an id that no caller could have given
+            continue
+        occurred_at = times.astype(np.int64) + _POSTGRESQL_EPOCH
+        yield (
+            int.from_bytes(place) - 1,
+            Events(marks.tolist(), positions.tolist(), item_ids, types, values, occurred_at),
+        )
 
 
 # --- whole histories -----------------------------------------------------------------------------------------------

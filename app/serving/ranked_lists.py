@@ -18,7 +18,7 @@ from app.serving.catalog import Catalog
 from app.serving.cursors import NOTHING, Numbers, Position, number_of
 from app.serving.diversity import LARGEST_POOL, CategoryCap, category_vectors, chosen_together, pool_size
 from app.serving.exploration import Affinity
-from app.serving.histories import History
+from app.serving.history import History
 from app.serving.popularity import Popularity
 from app.serving.query import Query
 from app.serving.resurfacing import Resurfacing

@@ -10,7 +10,8 @@ from app.serving.catalog import Catalog
 from app.serving.cursors import NO_VERSION, NOTHING, CursorGone, Cursors, Position, digest, going_on, number_of
 from app.serving.diversity import CategoryCap
 from app.serving.exploration import Affinity, Draw, Explorer, seed_of
-from app.serving.histories import Histories, History
+from app.serving.histories import Histories
+from app.serving.history import History
 from app.serving.popularity import Popularity
 from app.serving.query import Query
 from app.serving.ranked_lists import Ranked, RankedLists, State

@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from app.serving.histories import History, Numbers
+from app.serving.history import History, Numbers
 from ml.recommender import Indices, Recommender
 
 # So many items stand for the catalogue where an average score is asked for.

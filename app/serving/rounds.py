@@ -3,7 +3,8 @@
 import asyncio
 from typing import NamedTuple
 
-from app.serving.histories import Histories, History
+from app.serving.histories import Histories
+from app.serving.history import History
 from app.serving.query import Query
 from app.serving.ranking import Ranker
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from app.serving.active_models import Active, ActiveModels
 from app.serving.catalog import Catalog
-from app.serving.histories import History, ItemNumbers
+from app.serving.history import History, ItemNumbers
 from app.serving.popularity import Popularity
 from app.serving.query import Query
 from app.serving.ranked_lists import RankedLists, State

@@ -14,7 +14,7 @@ from app.main import create_app
 from app.serving.diversity import CategoryCap
 from app.serving.exploration import Affinity, seed_of
 from app.serving.filters import CategoryFilter
-from app.serving.histories import History
+from app.serving.history import History
 from app.serving.query import Query
 from app.settings import Settings
 from app.tables import recommendation_log

@@ -14,7 +14,8 @@ from app.database import writing
 from app.erasure import erase
 from app.serving.catalog import Catalog
 from app.serving.event_store import store_events
-from app.serving.histories import Histories, History
+from app.serving.histories import Histories
+from app.serving.history import History
 from app.serving.new_events import NewEvent
 from app.tables import events
 from ml.snapshots import DEFAULT_MEANINGS, EventMeaning

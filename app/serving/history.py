@@ -1,0 +1,213 @@
+"""What one user did, in four bytes an item, and how it comes of events."""
+
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from app.serving.history_readers import Events, Row, Whole
+from ml.snapshots import RETRACT, EventMeaning, meaning_of
+
+Numbers = npt.NDArray[np.int32]
+Times = npt.NDArray[np.int64]
+T = TypeVar("T", bound=np.generic)
+C = TypeVar("C")
+
+# Callers name the types of events: what so many mean is remembered.
+MANY_TYPES = 1_000
+
+
+class ItemNumbers:
+    """A small number for each item that a history names, so that a history takes four bytes an item."""
+
+    def __init__(self) -> None:
+        self.item_ids: list[str] = []
+        self._numbers: dict[str, int] = {}
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self.item_ids)
+
+    def number(self, item_id: str) -> int:
+        """The item's number, a new one at first sight."""
+        found = self._numbers.get(item_id)
+        if found is not None:
+            return found
+        with self._lock:
+            if item_id not in self._numbers:
+                self.item_ids.append(item_id)
+                self._numbers[item_id] = len(self.item_ids) - 1
+            return self._numbers[item_id]
+
+    def find(self, item_id: str) -> int:
+        """The item's number; -1 where no history has named it."""
+        return self._numbers.get(item_id, -1)
+
+    def numbers(self, item_ids: Iterable[str]) -> Numbers:
+        return np.fromiter(map(self.number, item_ids), np.int32)
+
+
+_NO_NUMBERS: Numbers = np.zeros(0, np.int32)
+_NO_TIMES: Times = np.zeros(0, np.int64)
+_NOTHING_NUMBERED = ItemNumbers()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class History:
+    """One user's interactions, oldest first, and what later answers leave out.
+
+    It never changes: a newer one replaces it. `kept` holds what was worked out of it, and goes with it.
+    """
+
+    items: ItemNumbers = _NOTHING_NUMBERED
+    interactions: Numbers = field(default_factory=lambda: _NO_NUMBERS)
+    interacted_at: Times = field(default_factory=lambda: _NO_TIMES)  # when, in microseconds since 1970
+    left_out: Numbers = field(default_factory=lambda: _NO_NUMBERS)  # distinct
+    kept_out_for_good: Numbers = field(default_factory=lambda: _NO_NUMBERS)  # by an event that is no interaction
+    feedback_through: int | None = None  # position of the user's newest event
+    kept: list[Any] = field(default_factory=list)
+
+    @property
+    def item_ids(self) -> tuple[str, ...]:
+        """The interactions' items."""
+        return tuple(self._named(self.interactions))
+
+    def latest(self, count: int) -> list[str]:
+        """The items of the last so many interactions, oldest first."""
+        return self._named(self.interactions[-count:])
+
+    @property
+    def excluded(self) -> frozenset[str]:
+        """The items that later answers leave out."""
+        return frozenset(self._named(self.left_out))
+
+    @property
+    def size(self) -> int:
+        """In units of four bytes."""
+        return 3 * len(self.interactions) + len(self.left_out) + len(self.kept_out_for_good)
+
+    def _named(self, numbers: Numbers) -> list[str]:
+        item_ids = self.items.item_ids
+        return [item_ids[number] for number in numbers.tolist()]
+
+
+class HistoryBuilder:
+    """Makes histories of events, which mean what the settings say; safe to call from several threads at once."""
+
+    def __init__(self, meanings: Mapping[str, EventMeaning], max_history: int) -> None:
+        self._given = dict(meanings)
+        self._meanings: dict[str, EventMeaning] = {}  # of the types that were met
+        self._max_history = max_history
+        self._items = ItemNumbers()
+
+    @property
+    def needs_values(self) -> bool:
+        """Whether it depends on an event's value what it means."""
+        return any(meaning.minimum_value is not None for meaning in self._given.values())
+
+    def of_whole(self, whole: Whole) -> History:
+        """The history of all events of a user."""
+        taken_back = {retracts for retracts in whole.retracts if retracts is not None}
+        kept = [
+            place
+            for place, (type_, event_id) in enumerate(zip(whole.types, whole.event_ids, strict=True))
+            if type_ != RETRACT and event_id not in taken_back
+        ]
+        item_ids, types, values = _picked(whole.item_ids, kept), _picked(whole.types, kept), _picked(whole.values, kept)
+        return self._built(item_ids, types, values, np.array(whole.occurred_at, np.int64)[kept], whole.positions)
+
+    def of_events(self, events: Events) -> History | None:
+        """The history of all events of a user; None where one takes another back."""
+        if RETRACT in events.types:
+            return None
+        item_ids, types, values, times = events.item_ids, events.types, events.values, events.occurred_at
+        if not (times[1:] > times[:-1]).all():
+            order = np.lexsort((np.array(events.positions), times)).tolist()
+            item_ids, types, values = _picked(item_ids, order), _picked(types, order), _picked(values, order)
+            times = times[order]
+        return self._built(item_ids, types, values, times, events.positions)
+
+    def _built(
+        self,
+        item_ids: Sequence[str],
+        types: Sequence[str],
+        values: Sequence[float | None],
+        times: Times,
+        positions: Sequence[int],
+    ) -> History:
+        if not len(positions):
+            return History(self._items)
+        through, numbers = max(positions), self._items.numbers(item_ids)
+        left_out, kept_out = numbers, _NO_NUMBERS
+        meanings = {type_: self._meaning(type_) for type_ in set(types)}
+        if not all(
+            meaning.excludes and meaning.in_history and meaning.minimum_value is None for meaning in meanings.values()
+        ):
+            pairs = [(meanings[type_], value) for type_, value in zip(types, values, strict=True)]
+            excludes = np.array([meaning.excludes for meaning, _ in pairs], np.bool_)
+            counts = np.array([meaning.is_interaction(value) for meaning, value in pairs], np.bool_)
+            left_out, kept_out = numbers[excludes], np.unique(numbers[excludes & ~counts])
+            numbers, times = numbers[counts], times[counts]
+        distinct = np.unique(left_out)
+        return History(
+            self._items,
+            numbers[-self._max_history :],
+            times[-self._max_history :],
+            left_out if len(distinct) == len(left_out) else distinct,  # mostly the same array as the interactions
+            kept_out,
+            through,
+        )
+
+    def extended(self, history: History, rows: Sequence[Row]) -> History | None:
+        """The history with newer events; None where they do not simply follow it."""
+        interactions, interacted_at = history.interactions, history.interacted_at
+        left_out, kept_out = history.left_out, history.kept_out_for_good
+        through = newest = history.feedback_through or 0
+        if len(rows) > 1:
+            rows = sorted(rows, key=lambda row: (row.occurred_at, row.position))
+        for row in rows:
+            if row.type == RETRACT:
+                return None
+            meaning = self._meaning(row.type)
+            number = self._items.number(row.item_id)
+            interaction = meaning.is_interaction(row.value)
+            if meaning.excludes:
+                left_out = _with_number(left_out, number)
+                if not interaction:
+                    kept_out = _with_number(kept_out, number)
+            if interaction:
+                place = len(interactions)
+                if place and row.occurred_at <= interacted_at[-1]:
+                    place = int(interacted_at.searchsorted(row.occurred_at, "right"))
+                    if place and interacted_at[place - 1] == row.occurred_at and row.position < through:
+                        return None  # which of the two came first, only their positions tell
+                if place or len(interactions) < self._max_history:  # else it is older than all that count
+                    interactions = _inserted(interactions, place, number)[-self._max_history :]
+                    interacted_at = _inserted(interacted_at, place, row.occurred_at)[-self._max_history :]
+            newest = max(newest, row.position)
+        return History(self._items, interactions, interacted_at, left_out, kept_out, newest)
+
+    def _meaning(self, type_: str) -> EventMeaning:
+        found = self._meanings.get(type_)
+        if found is None:
+            if len(self._meanings) >= MANY_TYPES:
+                self._meanings.clear()
+            found = self._meanings[type_] = meaning_of(self._given, type_)
+        return found
+
+
+def _picked(column: Sequence[C], places: Sequence[int]) -> list[C]:
+    return [column[place] for place in places]
+
+
+def _inserted(values: npt.NDArray[T], place: int, value: int) -> npt.NDArray[T]:
+    new = np.empty(len(values) + 1, values.dtype)
+    new[:place], new[place], new[place + 1 :] = values[:place], value, values[place:]
+    return new
+
+
+def _with_number(numbers: Numbers, number: int) -> Numbers:
+    return numbers if (numbers == number).any() else _inserted(numbers, len(numbers), number)
