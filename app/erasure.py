@@ -5,6 +5,7 @@ table `erasures`. Rows of the recommendation log that showed an erased item to o
 """
 
 import hashlib
+from array import array
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
@@ -14,7 +15,10 @@ from sqlalchemy.engine import Connection, Engine
 from app import audit
 from app.catalog_rows import SHAPES, Kind
 from app.database import writing
+from app.serving.interaction_counts import mark_of, safe_through
 from app.tables import erasures, events, recommendation_log
+
+ROWS_AT_A_TIME = 5_000
 
 
 @dataclass(frozen=True)
@@ -36,18 +40,49 @@ def subject_sha256(identifier: str) -> str:
 
 def erase(engine: Engine, kind: Kind, identifier: str, *, actor: str) -> Erased:
     """Erase a user or an item with all its events, for good. Events that come later count as those of a new one."""
+    # Events are not indexed by item. All of them are read before the lock is taken, and few again while it is held.
+    found = _events_of_item(engine, identifier) if kind == "item" else None
     with writing(engine) as connection:
-        return _erase(connection, kind, identifier, actor)
+        return _erase(connection, kind, identifier, actor, found)
 
 
-def _erase(connection: Connection, kind: Kind, identifier: str, actor: str) -> Erased:
+@dataclass(frozen=True)
+class _Found:
+    """Events of an item, complete up to a mark (`app.serving.interaction_counts.mark_of`)."""
+
+    positions: "array[int]"
+    through: int
+
+
+def _events_of_item(engine: Engine, item_id: str) -> _Found:
+    with engine.connect() as connection:
+        through = safe_through(connection)
+        settled = sa.select(events.c.position).where(
+            events.c.item_id == item_id, events.c[mark_of(connection)] <= through
+        )
+        with connection.execute(settled.execution_options(yield_per=ROWS_AT_A_TIME)) as rows:
+            return _Found(array("q", rows.scalars()), through)
+
+
+def _delete_events_of_item(connection: Connection, item_id: str, found: _Found) -> int:
+    newer = sa.and_(events.c[mark_of(connection)] > found.through, events.c.item_id == item_id)
+    gone = connection.execute(sa.delete(events).where(newer)).rowcount
+    for start in range(0, len(found.positions), ROWS_AT_A_TIME):
+        part = found.positions[start : start + ROWS_AT_A_TIME].tolist()
+        gone += connection.execute(sa.delete(events).where(events.c.position.in_(part))).rowcount
+    return gone
+
+
+def _erase(connection: Connection, kind: Kind, identifier: str, actor: str, found: _Found | None) -> Erased:
     if connection.dialect.name == "postgresql":
         # Waits for rows under way and holds up new ones: no event may commit later below `through_position`, and no
         # answer may enter the log that was judged before the erasure was there to see.
         connection.execute(sa.text("LOCK TABLE events, recommendation_log IN SHARE ROW EXCLUSIVE MODE"))
     through = connection.execute(sa.select(sa.func.max(events.c.position))).scalar() or 0
-    column = events.c.user_id if kind == "user" else events.c.item_id
-    gone_events = connection.execute(sa.delete(events).where(column == identifier)).rowcount
+    if found is not None:
+        gone_events = _delete_events_of_item(connection, identifier, found)
+    else:
+        gone_events = connection.execute(sa.delete(events).where(events.c.user_id == identifier)).rowcount
     gone_rows = 0
     if kind == "user":
         mine = recommendation_log.c.user_id == identifier

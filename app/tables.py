@@ -105,7 +105,7 @@ events = sa.Table(
     sa.Column("position", Position, primary_key=True, autoincrement=True),
     _id("user_id", nullable=False),
     _id("event_id", nullable=False),
-    _id("item_id", nullable=False, index=True),
+    _id("item_id", nullable=False),
     sa.Column("type", sa.String(64), nullable=False),
     sa.Column("value", sa.Double),
     _time("occurred_at", nullable=False),

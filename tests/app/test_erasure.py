@@ -12,6 +12,7 @@ import sqlalchemy as sa
 from fastapi.testclient import TestClient
 from sqlalchemy.engine import Engine
 
+from app import erasure
 from app.database import create_engine, writing
 from app.erasure import Erased, erase, subject_sha256
 from app.event_writer import EVENT_COLUMNS, open_writer
@@ -65,6 +66,26 @@ def test_an_item_is_erased_with_everyones_events(engine: Engine) -> None:
     assert erase(engine, "item", "i", actor="cli") == Erased(catalog=0, events=2, log_rows=0)
     with engine.connect() as connection:
         assert connection.execute(sa.select(events.c.item_id)).scalars().all() == ["j"]
+
+
+def test_an_items_events_are_found_without_an_index(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All are read before the lock is taken: what comes after that is met under it."""
+    monkeypatch.setattr(erasure, "ROWS_AT_A_TIME", 2)
+    with writing(engine) as connection:
+        connection.execute(sa.insert(events), [event("a", n, "i" if n % 2 else "j") for n in range(11)])
+    read = erasure._events_of_item
+
+    def meanwhile(*arguments: Any) -> Any:
+        found = read(*arguments)
+        with writing(engine) as connection:
+            connection.execute(sa.insert(events), [event("b", n, "i" if n % 2 else "j") for n in range(5)])
+        return found
+
+    monkeypatch.setattr(erasure, "_events_of_item", meanwhile)
+    assert erase(engine, "item", "i", actor="cli") == Erased(catalog=0, events=7, log_rows=0)
+    with engine.connect() as connection:
+        assert set(connection.execute(sa.select(events.c.item_id)).scalars()) == {"j"}
+        assert connection.execute(sa.select(erasures.c.through_position)).scalar_one() == 16
 
 
 @pytest.mark.parametrize("user", ["a", "b"])

@@ -31,7 +31,7 @@ def test_up_leaves_no_drift(engine: Engine) -> None:
 
 def test_drift_is_noticed(engine: Engine) -> None:
     with writing(engine) as connection:
-        connection.execute(sa.text("DROP INDEX ix_events_item_id"))
+        connection.execute(sa.text("DROP INDEX ix_events_transaction_id"))
         connection.execute(sa.text("ALTER TABLE items ADD COLUMN colour TEXT"))
     assert len(drift(engine)) == 2
 
