@@ -23,6 +23,10 @@ class Shape:
     key: sa.Column[str]
     defaults: Mapping[str, Any]
 
+    def read(self) -> sa.Select[Any]:
+        """All rows as callers know them."""
+        return sa.select(*[column for column in self.table.c if column is not items.c.change])
+
 
 SHAPES: dict[Kind, Shape] = {
     "user": Shape(users, users.c.user_id, {"metadata": {}}),
@@ -42,13 +46,13 @@ class Written:
 def read(connection: Connection, kind: Kind, identifier: str) -> RowMapping | None:
     """One user or item."""
     shape = SHAPES[kind]
-    return connection.execute(sa.select(shape.table).where(shape.key == identifier)).mappings().one_or_none()
+    return connection.execute(shape.read().where(shape.key == identifier)).mappings().one_or_none()
 
 
 def page(connection: Connection, kind: Kind, *, after: str | None, limit: int) -> list[RowMapping]:
     """The next rows in order of id, byte by byte."""
     shape = SHAPES[kind]
-    query = sa.select(shape.table).order_by(shape.key).limit(limit)
+    query = shape.read().order_by(shape.key).limit(limit)
     if after is not None:
         query = query.where(shape.key > after)
     return list(connection.execute(query).mappings())
@@ -92,7 +96,7 @@ def merge(connection: Connection, kind: Kind, rows: Collection[Values]) -> Writt
 
 
 def _known(connection: Connection, shape: Shape, identifiers: Sequence[str]) -> dict[str, RowMapping]:
-    query = sa.select(shape.table).where(shape.key.in_(identifiers)).order_by(shape.key).with_for_update()
+    query = shape.read().where(shape.key.in_(identifiers)).order_by(shape.key).with_for_update()
     return {row[shape.key.name]: row for row in connection.execute(query).mappings()}
 
 

@@ -93,8 +93,18 @@ items = sa.Table(
     sa.Column("hidden", sa.Boolean, nullable=False),
     sa.Column("metadata", sa.JSON, nullable=False),
     _time("created_at", nullable=False),
-    # The serving caches follow the catalogue by this column.
-    _time("updated_at", nullable=False, index=True),
+    _time("updated_at", nullable=False),
+    # The serving caches follow the catalogue by this column, which a trigger fills in: a number of `catalog_state`.
+    sa.Column("change", sa.BigInteger, nullable=False, server_default=sa.text("0"), index=True),
+)
+
+# One row. Whoever changes an item counts here first, and holds the row until the commit: what has a lower number than
+# this is there to see, whatever any clock says.
+catalog_state = sa.Table(
+    "catalog_state",
+    metadata,
+    sa.Column("id", sa.Integer, primary_key=True, autoincrement=False),
+    sa.Column("changes", sa.BigInteger, nullable=False),
 )
 
 # Append-only, but for erasure. Users and items are not foreign keys: each insert would pay for the look-ups,

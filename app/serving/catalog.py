@@ -1,27 +1,25 @@
-"""The catalogue in memory: what may be shown. Follows SQL by `items.updated_at` and the erasures."""
+"""The catalogue in memory: what may be shown. Follows SQL by the numbers of changes and erasures."""
 
 import threading
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import datetime
 from itertools import islice
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from app.erasure import subject_sha256
-from app.tables import erasures, items
+from app.tables import catalog_state, erasures, items
 
-# Transactions commit out of the order of their stamps: the poll reads this far back again.
-OVERLAP = timedelta(seconds=60)
 JOURNAL_LENGTH = 100_000
 
 _PROBE = sa.select(
-    sa.select(sa.func.max(items.c.updated_at)).scalar_subquery().label("updated_at"),
+    sa.select(catalog_state.c.changes).scalar_subquery().label("changes"),
     sa.select(sa.func.max(erasures.c.sequence)).scalar_subquery().label("erasure"),
 )
-_ITEMS = sa.select(items.c.item_id, items.c.hidden, items.c.categories, items.c.created_at, items.c.updated_at)
+_ITEMS = sa.select(items.c.item_id, items.c.hidden, items.c.categories, items.c.created_at)
 _ERASURES = sa.select(erasures.c.sequence, erasures.c.kind, erasures.c.subject_sha256).order_by(erasures.c.sequence)
 
 
@@ -55,8 +53,7 @@ class Catalog:
         self.erased_items: dict[str, int] = {}
         self.erasures_through = 0
         self._journal: deque[Change] = deque(maxlen=JOURNAL_LENGTH)
-        self._updated_through: datetime | None = None
-        self._polled_at: datetime | None = None
+        self._changes_through = -1
         self._lock = threading.RLock()
 
     def __len__(self) -> int:
@@ -86,34 +83,27 @@ class Catalog:
             return list(islice(reversed(self._journal), missing))[::-1]
 
     def follow(self, connection: Connection) -> None:
-        """Bring up to date if anything changed: two look-ups by index, for use within a request."""
+        """Bring up to date, if anything changed; the connection sees one moment (`app.database.reading`)."""
         probe = connection.execute(_PROBE).one()
-        if probe.updated_at != self._updated_through or (probe.erasure or 0) != self.erasures_through:
-            self.refresh(connection, since=self._updated_through)
-            self._updated_through = probe.updated_at  # lower than before when the newest item was erased
-
-    def poll(self, connection: Connection) -> None:
-        """Bring up to date, commits included that came later than their stamps."""
-        started = datetime.now(UTC)
-        self.refresh(connection, since=None if self._polled_at is None else self._polled_at - OVERLAP)
-        self._polled_at = started
-
-    def refresh(self, connection: Connection, since: datetime | None) -> None:
-        """Read the erasures and items newer than `since` (None: all)."""
         with self._lock:
-            newer = connection.execute(_ERASURES.where(erasures.c.sequence > self.erasures_through)).all()
-            if newer:
+            # What another thread read meanwhile is newer than what this connection sees, and stays.
+            if (probe.erasure or 0) > self.erasures_through:
+                newer = connection.execute(_ERASURES.where(erasures.c.sequence > self.erasures_through)).all()
                 self._erase([(row.sequence, row.kind, row.subject_sha256) for row in newer])
-            statement = _ITEMS if since is None else _ITEMS.where(items.c.updated_at >= since)
-            # Closed also where the connection breaks in between, which leaves the database's cursor to nobody else.
-            with connection.execute(statement.execution_options(yield_per=10_000)) as rows:
-                for item_id, hidden, categories, created_at, updated_at in rows:
-                    if self._updated_through is None or updated_at > self._updated_through:
-                        self._updated_through = updated_at
-                    entry = Entry(hidden, tuple(categories), created_at)
-                    if self.entries.get(item_id) != entry:
-                        self._put(item_id, entry)
+            if probe.changes > self._changes_through:
+                self._read(connection)
+                self._changes_through = probe.changes
             self.loaded = True
+
+    def _read(self, connection: Connection) -> None:
+        """Read the items whose change is newer than what is known; at first, all."""
+        changed = _ITEMS if self._changes_through < 0 else _ITEMS.where(items.c.change > self._changes_through)
+        # Closed also where the connection breaks in between, which leaves the database's cursor to nobody else.
+        with connection.execute(changed.execution_options(yield_per=10_000)) as rows:
+            for item_id, hidden, categories, created_at in rows:
+                entry = Entry(hidden, tuple(categories), created_at)
+                if self.entries.get(item_id) != entry:
+                    self._put(item_id, entry)
 
     def _put(self, item_id: str, entry: Entry) -> None:
         self._leave_categories(item_id)

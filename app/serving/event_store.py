@@ -84,7 +84,7 @@ def store_events(
                 reason = f"item_id: {event.item_id!r} is not in the catalogue"
                 outcomes[index] = Outcome(event.event_id, "rejected", reason)
     if not outcomes and not any(event.type == RETRACT for event in batch):
-        outcomes = _insert(connection, dict(enumerate(batch)), received_at, unknown_items, known)
+        outcomes = _insert(connection, dict(enumerate(batch)), received_at)
     waiting = [index for index in range(len(batch)) if index not in outcomes]
     while waiting:
         # An id that comes twice is judged the second time by what the first one left in the table.
@@ -93,12 +93,12 @@ def store_events(
         turn = {index: batch[index] for index in first.values()}
         ordinary = {index: event for index, event in turn.items() if event.type != RETRACT}
         retracts = {index: event for index, event in turn.items() if event.type == RETRACT}
-        outcomes |= _insert(connection, ordinary, received_at, unknown_items, known)
+        outcomes |= _insert(connection, ordinary, received_at)
         # After the others: a retract may stand in one list with the event that it takes back.
         if retracts:
             refused, resolved = _resolve(connection, retracts)
             outcomes |= refused
-            outcomes |= _insert(connection, resolved, received_at, unknown_items, known)
+            outcomes |= _insert(connection, resolved, received_at)
         if later:
             # What repeats an event that is stored by now needs no turn of its own, and neither do retracts of nothing:
             # a thousand of one id must not hold the database for a thousand turns.
@@ -107,34 +107,28 @@ def store_events(
                 connection, {i: batch[i] for i in later if i not in outcomes and batch[i].type == RETRACT}
             )[0]
         waiting = [index for index in later if index not in outcomes]
+    # At last: whoever creates an item holds the catalogue's count until the commit, and must wait for nothing more.
+    stored = [event for index, event in enumerate(batch) if outcomes[index].outcome == "stored"]
+    _create_subjects(connection, stored, received_at, known, hidden=unknown_items == "hold")
     return [outcomes[index] for index in range(len(batch))]
 
 
-def _insert(
-    connection: Connection,
-    turn: Mapping[int, NewEvent],
-    received_at: datetime,
-    unknown_items: UnknownItems,
-    known: KnownSubjects,
-) -> dict[int, Outcome]:
+def _insert(connection: Connection, turn: Mapping[int, NewEvent], received_at: datetime) -> dict[int, Outcome]:
     """Insert events, the first of those that share an id; what is in the table already is compared."""
     if not turn:
         return {}
     new = list(turn.values())
     inserted = insert_events(connection, new, received_at)
     if inserted is None:
-        _create_subjects(connection, new, received_at, known, hidden=unknown_items == "hold")
         return {index: Outcome(event.event_id, "stored") for index, event in turn.items()}
-    stored: dict[int, NewEvent] = {}
+    outcomes: dict[int, Outcome] = {}
     repeats: dict[int, NewEvent] = {}
     for index, event in turn.items():
         if event.key in inserted:
             inserted.remove(event.key)
-            stored[index] = event
+            outcomes[index] = Outcome(event.event_id, "stored")
         else:
             repeats[index] = event
-    _create_subjects(connection, list(stored.values()), received_at, known, hidden=unknown_items == "hold")
-    outcomes = {index: Outcome(event.event_id, "stored") for index, event in stored.items()}
     return outcomes | _judge_repeats(connection, repeats)
 
 

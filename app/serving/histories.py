@@ -13,7 +13,7 @@ import structlog
 from sqlalchemy.engine import Engine
 from starlette.concurrency import run_in_threadpool
 
-from app.database import is_outage
+from app.database import is_outage, reading
 from app.erasure import subject_sha256
 from app.serving.catalog import Catalog
 from app.serving.history import History, HistoryBuilder
@@ -191,7 +191,7 @@ class Histories:
         return await self._reader.look(asked)
 
     def _follow(self) -> None:
-        with self._engine.connect() as connection:
+        with reading(self._engine) as connection:
             self._catalog.follow(connection)
         self.forget_erased()
 

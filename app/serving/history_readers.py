@@ -105,7 +105,7 @@ def _driver_connection(engine: Engine) -> Any:
 # --- SQLite --------------------------------------------------------------------------------------------------------
 
 _SQLITE_STATE = (
-    "SELECT (SELECT max(updated_at) FROM items), (SELECT max(sequence) FROM erasures),"
+    "SELECT (SELECT changes FROM catalog_state), (SELECT max(sequence) FROM erasures),"
     " (SELECT coalesce(max(position), 0) FROM events)"
 )
 _SQLITE_NEWER = (
@@ -140,7 +140,7 @@ class SqliteReader:
         try:
             execute("BEGIN")
             try:
-                updated_at, erasure, newest = execute(_SQLITE_STATE).fetchone()
+                changes, erasure, newest = execute(_SQLITE_STATE).fetchone()
                 for user_id, since in asked:
                     if since is None:
                         events = _sqlite_events(execute(self._all, (user_id,)).fetchone())
@@ -157,7 +157,7 @@ class SqliteReader:
             raise OperationalError("look", None, error) from error
         except sqlite3.Error as error:
             raise DatabaseError("look", None, error) from error
-        return Look((updated_at, erasure), newest + 1, rows, begun)
+        return Look((changes, erasure), newest + 1, rows, begun)
 
     def close(self) -> None:
         self._connection.close()
@@ -186,7 +186,7 @@ _MICROSECONDS = "(extract(epoch FROM occurred_at) * 1000000)::bigint"
 # The first row tells of the database; the others are events, by the place of their user in the question.
 _POSTGRESQL_LOOK = f"""
     SELECT 0, pg_snapshot_xmin(pg_current_snapshot())::text::bigint, (SELECT max(sequence) FROM erasures),
-        (SELECT max(updated_at) FROM items)::text, NULL, NULL, NULL
+        (SELECT changes FROM catalog_state)::text, NULL, NULL, NULL
     UNION ALL
     SELECT asked.place, newer.* FROM unnest($1::text[], $2::bigint[]) WITH ORDINALITY AS asked (user_id, since, place)
     CROSS JOIN LATERAL (

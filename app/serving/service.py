@@ -12,7 +12,7 @@ from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.exc import SQLAlchemyError
 
 from app import migrations
-from app.database import create_engine, is_outage
+from app.database import create_engine, is_outage, reading
 from app.security import KeyRing
 from app.serving.active_models import ActiveModels
 from app.serving.activity import Activity
@@ -112,7 +112,7 @@ class Service:
 
     def _try_to_poll(self) -> bool:
         try:
-            with self.engine.connect() as connection:
+            with reading(self.engine) as connection:
                 self._poll(connection)
             if self.migrated:
                 self.cursors.load(self.engine)
@@ -156,7 +156,7 @@ class Service:
             self.migrated = migrations.current(connection) == migrations.head()
             if not self.migrated:
                 return
-        self.catalog.poll(connection)
+        self.catalog.follow(connection)
         self.histories.forget_erased()
         self.popularity.poll(connection)
         self.activity.poll(connection)

@@ -46,7 +46,7 @@ class Story:
         with writing(self.engine) as connection:
             store_events(connection, batch, "create")
         with self.engine.connect() as connection:
-            self.catalog.poll(connection)
+            self.catalog.follow(connection)
             self.activity.poll(connection)
         self.now += timedelta(hours=hours)
         with self.engine.connect() as connection:

@@ -8,7 +8,7 @@ import pytest
 from sqlalchemy.engine import Engine
 
 from app import catalog_rows
-from app.database import create_engine, writing
+from app.database import create_engine, reading, writing
 from app.erasure import erase
 from app.serving.candidates import Candidates
 from app.serving.catalog import Catalog
@@ -49,7 +49,7 @@ def put(engine: Engine, item_id: str, categories: list[str], *, hidden: bool) ->
 
 
 def follow(engine: Engine, catalog: Catalog) -> None:
-    with engine.connect() as connection:
+    with reading(engine) as connection:
         catalog.follow(connection)
 
 
