@@ -48,9 +48,10 @@ def test_numbers_are_committed_in_their_order(postgresql_url: str) -> None:
     catalog, postgresql = Catalog(), create_engine(postgresql_url)
     with writing(postgresql) as first:
         merge(first, "item", [{"item_id": "a"}, {"item_id": "b"}])
-        with pytest.raises(sa.exc.OperationalError, match="lock timeout"), writing(postgresql) as second:
+        with writing(postgresql) as second:
             second.execute(sa.text("SET LOCAL lock_timeout = '20ms'"))
-            merge(second, "item", [{"item_id": "c"}])
+            with pytest.raises(sa.exc.OperationalError, match="lock timeout"), second.begin_nested():
+                merge(second, "item", [{"item_id": "c"}])
         with reading(postgresql) as connection:
             catalog.follow(connection)
         assert not catalog.entries
