@@ -65,15 +65,22 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=3, help="epochs of each turn")
     parser.add_argument("--turns", type=int, default=2)
     parser.add_argument("--largest", type=int, default=10_000_000, help="users and items of the largest catalogue")
+    parser.add_argument("--part", action="append", choices=["steps", *PEERS], help="measure this alone; all otherwise")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    steps_by_catalogue(options.largest)
+    parts = options.part or ["steps", *PEERS]
+    if "steps" in parts:
+        steps_by_catalogue(options.largest)
+    if parts == ["steps"]:
+        return
     python = peers.peer_python(options.peer_python)
     if python is None:
         print("no interpreter with RecBole (--peer-python or PEER_PYTHON): its figures and the ratios are left out")
     data, labels = load_interactions(options.data) if options.data else (generated(), None)
     split = split_by_name(None, data, labels)
     for model in PEERS:
+        if model not in parts:
+            continue
         beside_the_peer(model, split, python, options.epochs, options.turns)
 
 
