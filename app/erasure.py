@@ -16,21 +16,19 @@ from app import audit
 from app.catalog_rows import SHAPES, Kind
 from app.database import writing
 from app.serving.interaction_counts import mark_of, safe_through
-from app.tables import erasures, events, recommendation_log
+from app.tables import erasures, events, recommendation_log, snapshots
 
 ROWS_AT_A_TIME = 5_000
 
 
 @dataclass(frozen=True)
 class Erased:
-    """How many rows went; all zero when there was nothing to erase."""
+    """How many rows went, and whether it was news: erasing again what left no row since changes nothing."""
 
     catalog: int
     events: int
     log_rows: int
-
-    def __bool__(self) -> bool:
-        return bool(self.catalog or self.events or self.log_rows)
+    is_new: bool = True
 
 
 def subject_sha256(identifier: str) -> str:
@@ -89,9 +87,11 @@ def _erase(connection: Connection, kind: Kind, identifier: str, actor: str, foun
         gone_rows = connection.execute(sa.delete(recommendation_log).where(mine)).rowcount
     shape = SHAPES[kind]
     gone = connection.execute(sa.delete(shape.table).where(shape.key == identifier)).rowcount
-    erased = Erased(gone, gone_events, gone_rows)
-    if erased:
-        subject = subject_sha256(identifier)
+    subject = subject_sha256(identifier)
+    # Versions and snapshots may hold a subject whose rows went in another way, or were never here.
+    is_new = bool(gone or gone_events or gone_rows) or _may_be_held(connection, kind, subject)
+    erased = Erased(gone, gone_events, gone_rows, is_new)
+    if is_new:
         connection.execute(
             sa.insert(erasures).values(
                 kind=kind, subject_sha256=subject, through_position=through, erased_at=datetime.now(UTC)
@@ -100,3 +100,11 @@ def _erase(connection: Connection, kind: Kind, identifier: str, actor: str, foun
         details = {"catalog": gone, "events": gone_events, "log_rows": gone_rows}
         audit.record(connection, actor, f"{kind}.erase", f"sha256:{subject}", details)
     return erased
+
+
+def _may_be_held(connection: Connection, kind: Kind, subject: str) -> bool:
+    """Whether a snapshot may have been written with the subject in it: it was not erased since the newest one."""
+    mine = sa.and_(erasures.c.kind == kind, erasures.c.subject_sha256 == subject)
+    last = connection.execute(sa.select(sa.func.max(erasures.c.erased_at)).where(mine)).scalar()
+    newest = connection.execute(sa.select(sa.func.max(snapshots.c.created_at))).scalar()
+    return last is None or (newest is not None and newest >= last)

@@ -261,7 +261,7 @@ def _subject(kind: Kind, identifier: str) -> str:
 
 
 def _erase(service: Service, kind: Kind, identifier: str, actor: str) -> None:
-    if erasure.erase(service.engine, kind, identifier, actor=actor):
+    if erasure.erase(service.engine, kind, identifier, actor=actor).is_new:
         service.poll()
 
 

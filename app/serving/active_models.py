@@ -127,7 +127,9 @@ class ActiveModels:
         candidates = Candidates(recommender.items, self._catalog, through)
         recommender.prepare(probes=self._probes(recommender, manifest), on_ranked=self._on_ranked)
         seconds = _ranking_seconds(recommender)
-        return Active(version, recommender, manifest, candidates, ItemIndices(recommender.items), through, seconds)
+        return Active(
+            version, recommender, manifest, candidates, ItemIndices(recommender.items, candidates), through, seconds
+        )
 
     def _probes(self, recommender: Recommender, manifest: Manifest) -> int | None:
         """How many lists of an index to look into; None where the exact path serves."""

@@ -26,10 +26,14 @@ MANY_CHANGES = 1_000
 
 
 class ItemIndices:
-    """Items as a version knows them. Those seen lately are kept, so that a request need not search the id map."""
+    """Items as a version knows them. Those seen lately are kept, so that a request need not search the id map.
 
-    def __init__(self, items: IdMap) -> None:
+    An item that was erased since the training is not known: what stands under its id now is another thing.
+    """
+
+    def __init__(self, items: IdMap, candidates: "Candidates") -> None:
         self._items = items
+        self._candidates = candidates
         self._known: dict[str, int] = {}
         self._named: dict[int, str] = {}
         self._of_number: npt.NDArray[np.int64] = np.zeros(0, np.int64)
@@ -51,7 +55,7 @@ class ItemIndices:
         if len(items) > self._numbered and len(numbers) and int(numbers.max()) >= self._numbered:
             self._number(items)
         indices = self._of_number[numbers]
-        return indices[indices >= 0]
+        return self._candidates.not_erased(indices[indices >= 0])
 
     def latest_of_numbers(self, items: ItemNumbers, numbers: Numbers, count: int) -> npt.NDArray[np.int64]:
         """The last `count` of those, at least one."""
@@ -75,7 +79,7 @@ class ItemIndices:
     def __call__(self, item_ids: Collection[str]) -> npt.NDArray[np.int64]:
         """The indices of those that the version knows; of more than MANY_IDS in any order, and each once."""
         if len(item_ids) > MANY_IDS:  # not kept, or a caller's list would push out the rest
-            return self._items.members(item_ids)
+            return self._candidates.not_erased(self._items.members(item_ids))
         known = self._known
         missing = [item_id for item_id in item_ids if item_id not in known]
         if len(known) + len(missing) > REMEMBERED_ITEMS:
@@ -84,14 +88,21 @@ class ItemIndices:
         for item_id in missing:
             known[item_id] = self._items.index(item_id)
         indices = np.fromiter((known[item_id] for item_id in item_ids), np.int64, len(item_ids))
-        return indices[indices >= 0]
+        return self._candidates.not_erased(indices[indices >= 0])
 
     def in_order(self, item_ids: Sequence[str]) -> npt.NDArray[np.int64]:
         """The indices of those that the version knows, in the order given and each as often."""
         if len(item_ids) <= MANY_IDS:
             return self(item_ids)
         indices = self._items.indices(item_ids)
-        return indices[indices >= 0]
+        return self._candidates.not_erased(indices[indices >= 0])
+
+    def of_each(self, item_ids: Sequence[str]) -> npt.NDArray[np.int64]:
+        """The index of each, -1 where the version does not know it."""
+        indices = self._items.indices(item_ids)
+        known = indices >= 0
+        known[known] = ~self._candidates.erased(indices[known])
+        return np.where(known, indices, -1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +121,7 @@ class Candidates:
         self._items = items
         self._catalog = catalog
         self._lock = threading.Lock()
+        self._erasures_through = erasures_through
         self._dropped: Mask = np.zeros(len(items), np.bool_)
         self._every = Allowed(self._dropped, 0, revision=-1)
         # Members of a category, hidden ones included: changed in place as the catalogue changes.
@@ -118,10 +130,7 @@ class Candidates:
         # In the catalogue and visible, but none of the version's: in the order they came.
         self._unseen: dict[str, None] = {}
         self._capacity = min(REMEMBERED_MASKS, max(4, REMEMBERED_MASK_BYTES // max(2 * len(items), 1)))
-        erased = {subject for subject, sequence in catalog.erased_items.copy().items() if sequence > erasures_through}
-        if erased:
-            indices = range(len(items))
-            self._dropped[[index for index in indices if subject_sha256(items.id(index)) in erased]] = True
+        self._any_dropped = False
         self.allowed()
 
     def allowed(self, categories: CategoryFilter = EVERY_CATEGORY) -> Allowed:
@@ -144,10 +153,15 @@ class Candidates:
             self._of_filter.move_to_end(categories)
             return found
 
-    def was_erased(self, index: int) -> bool:
-        """Whether the item was erased since the training: what stands under its id now is another thing."""
+    def erased(self, indices: npt.NDArray[np.int64]) -> Mask:
+        """Which of these items were erased since the training, (n,)."""
         self.allowed()
-        return bool(self._dropped[index])
+        return self._dropped[indices]
+
+    def not_erased(self, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """The others of them."""
+        self.allowed()
+        return indices[~self._dropped[indices]] if self._any_dropped else indices
 
     @property
     def changes_behind(self) -> int:
@@ -194,6 +208,7 @@ class Candidates:
         before, revision = self._every, self._catalog.revision
         changes = self._catalog.changes_since(before.revision) if before.revision >= 0 else None
         if changes is None:
+            self._drop_erased()
             visible = [item_id for item_id, entry in self._catalog.entries.copy().items() if not entry.hidden]
             mask = np.zeros(len(self._items), np.bool_)
             indices = self._items.indices(visible)
@@ -207,7 +222,7 @@ class Candidates:
             for change, index in zip(changes, indices.tolist(), strict=True):
                 if index >= 0:
                     known.append((change, index))
-                    self._dropped[index] |= change.erased
+                    self._dropped[index] |= change.erasure > self._erasures_through
                 if self._catalog.visible(change.item_id) and (index < 0 or self._dropped[index]):
                     self._unseen[change.item_id] = None
                 else:
@@ -215,6 +230,7 @@ class Candidates:
             if not known:  # items that the version does not know change nothing here
                 self._every = Allowed(before.mask, before.count, revision)
                 return
+            self._any_dropped = bool(self._dropped.any())
             mask = before.mask.copy()
             for change, index in known:
                 mask[index] = self._catalog.visible(change.item_id)
@@ -222,6 +238,14 @@ class Candidates:
         mask &= ~self._dropped
         self._of_filter.clear()
         self._every = Allowed(mask, int(np.count_nonzero(mask)), revision)
+
+    def _drop_erased(self) -> None:
+        """Look through all ids: only hashes are kept of what was erased."""
+        through, erasures = self._erasures_through, self._catalog.erased_items.copy()
+        if erased := {subject for subject, sequence in erasures.items() if sequence > through}:
+            indices = range(len(self._items))
+            self._dropped[[index for index in indices if subject_sha256(self._items.id(index)) in erased]] = True
+        self._any_dropped = bool(self._dropped.any())
 
     def _move_between_categories(self, changes: list[tuple[Change, int]]) -> None:
         if len(changes) > MANY_CHANGES:

@@ -20,7 +20,9 @@ _PROBE = sa.select(
     sa.select(sa.func.max(erasures.c.sequence)).scalar_subquery().label("erasure"),
 )
 _ITEMS = sa.select(items.c.item_id, items.c.hidden, items.c.categories, items.c.created_at)
-_ERASURES = sa.select(erasures.c.sequence, erasures.c.kind, erasures.c.subject_sha256).order_by(erasures.c.sequence)
+_ERASURES = sa.select(
+    erasures.c.sequence, erasures.c.kind, erasures.c.subject_sha256, erasures.c.through_position
+).order_by(erasures.c.sequence)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +40,7 @@ class Change:
 
     revision: int
     item_id: str
-    erased: bool
+    erasure: int = 0  # the number of the item's erasure, where that was the change
 
 
 class Catalog:
@@ -51,6 +53,7 @@ class Catalog:
         self.by_category: dict[str, set[str]] = {}
         self.erased_users: dict[str, int] = {}  # SHA-256 of the id -> newest erasure
         self.erased_items: dict[str, int] = {}
+        self._events_gone_through: dict[str, int] = {}
         self.erasures_through = 0
         self._journal: deque[Change] = deque(maxlen=JOURNAL_LENGTH)
         self._changes_through = -1
@@ -68,6 +71,10 @@ class Catalog:
         """The categories of an item; none where it is not known."""
         entry = self.entries.get(item_id)
         return () if entry is None else entry.categories
+
+    def events_gone_through(self, user_id: str) -> int:
+        """The position up to which a user's events were erased; 0 where none were."""
+        return self._events_gone_through.get(subject_sha256(user_id), 0) if self._events_gone_through else 0
 
     def in_category(self, category: str) -> list[str]:
         """The ids of a category, hidden ones included."""
@@ -89,7 +96,7 @@ class Catalog:
             # What another thread read meanwhile is newer than what this connection sees, and stays.
             if (probe.erasure or 0) > self.erasures_through:
                 newer = connection.execute(_ERASURES.where(erasures.c.sequence > self.erasures_through)).all()
-                self._erase([(row.sequence, row.kind, row.subject_sha256) for row in newer])
+                self._erase(newer)
             if probe.changes > self._changes_through:
                 self._read(connection)
                 self._changes_through = probe.changes
@@ -106,11 +113,16 @@ class Catalog:
                     self._put(item_id, entry)
 
     def _put(self, item_id: str, entry: Entry) -> None:
+        if self.loaded and item_id not in self.entries and self.erased_items:
+            # Versions may know an item that was erased while the catalogue did not.
+            erasure = self.erased_items.get(subject_sha256(item_id))
+            if erasure is not None:
+                self._record(item_id, erasure)
         self._leave_categories(item_id)
         self.entries[item_id] = entry
         for category in entry.categories:
             self.by_category.setdefault(category, set()).add(item_id)
-        self._record(item_id, erased=False)
+        self._record(item_id)
 
     def _leave_categories(self, item_id: str) -> None:
         old = self.entries.get(item_id)
@@ -120,11 +132,12 @@ class Catalog:
             if not members:
                 self.by_category.pop(category, None)
 
-    def _erase(self, rows: Sequence[tuple[int, str, str]]) -> None:
+    def _erase(self, rows: Sequence[sa.Row[int, str, str, int]]) -> None:
         erased_now: set[str] = set()
-        for sequence, kind, subject in rows:
+        for sequence, kind, subject, through in rows:
             if kind == "user":
                 self.erased_users[subject] = sequence
+                self._events_gone_through[subject] = through
             else:
                 self.erased_items[subject] = sequence
                 erased_now.add(subject)
@@ -135,8 +148,8 @@ class Catalog:
         for item_id in [item_id for item_id in self.entries if subject_sha256(item_id) in erased_now]:
             self._leave_categories(item_id)
             del self.entries[item_id]
-            self._record(item_id, erased=True)
+            self._record(item_id, self.erased_items[subject_sha256(item_id)])
 
-    def _record(self, item_id: str, *, erased: bool) -> None:
+    def _record(self, item_id: str, erasure: int = 0) -> None:
         self.revision += 1
-        self._journal.append(Change(self.revision, item_id, erased))
+        self._journal.append(Change(self.revision, item_id, erasure))

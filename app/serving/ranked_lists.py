@@ -126,7 +126,7 @@ class RankedLists:
         if page is None:
             seen = numbered.latest_of_numbers(history.items, history.interactions, recommender.window_length)
         else:
-            seen = page.history
+            seen = active.candidates.not_erased(page.history)
         if user_index < 0 and not (recommender.folds_in and len(seen)):
             return None
         left_out, returning = NOTHING, NOTHING
@@ -140,7 +140,7 @@ class RankedLists:
             return None
         fresh = 0
         if user_index >= 0 and recommender.model.fits_strangers:
-            fresh = len(_since_training(active, history) if page is None else page.history)
+            fresh = len(_since_training(active, history) if page is None else seen)
         return _Begun(user_index, seen, fresh, left_out, returning, count)
 
     def _ranked(

@@ -143,8 +143,11 @@ class Ranker:
         page = self._cursors.read(query.cursor, state.user_id, query.filters_digest())
         if page.version != NO_VERSION and (state.active is None or digest(state.active.version) != page.version):
             raise CursorGone("the version that ranked this list is no longer active: ask again without the cursor")
-        if page.feedback_through is not None and state.history.feedback_through is None and not state.degraded:
-            raise CursorGone(_LIST_GONE)
+        through = page.feedback_through
+        if through is not None:
+            gone = state.history.feedback_through is None and not state.degraded
+            if gone or through <= self._catalog.events_gone_through(state.user_id):
+                raise CursorGone(_LIST_GONE)
         return page
 
     def _ranked(self, states: Sequence[State], query: Query, page: Position | None) -> list[Ranked]:
@@ -204,7 +207,7 @@ class Ranker:
         """Put what was drawn into its places; the last of the others make room, and those that the caps forbid now."""
         scores: list[float | None] = [None] * len(draws)
         if ranked.active is not None and ranked.encoded is not None:
-            indices = ranked.active.recommender.items.indices([draw.item_id for draw in draws])
+            indices = ranked.active.item_indices.of_each([draw.item_id for draw in draws])
             scored = ranked.active.recommender.score_items(ranked.encoded, indices[None])[0]
             scores = [float(score) if index >= 0 else None for index, score in zip(indices, scored, strict=True)]
         cap = CategoryCap(self._catalog, query.max_per_category)
@@ -233,7 +236,7 @@ class Ranker:
         if ranked.active is not None:
             version, known = digest(ranked.active.version), ranked.indices
             if others != ranked.item_ids:  # what was drawn stands among them
-                numbered = ranked.active.recommender.items.indices(others)
+                numbered = ranked.active.item_indices.of_each(others)
                 known, others = numbered[numbered >= 0], [others[row] for row in np.flatnonzero(numbered < 0)]
             else:
                 others = others[len(known) :]

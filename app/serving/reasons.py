@@ -38,7 +38,7 @@ def reasons_of(
     if active is None:
         return [DRAWN if item_id in drawn else POPULAR for item_id in item_ids]
     recommender = active.recommender
-    numbered = recommender.items.indices(item_ids)
+    numbered = active.item_indices.of_each(item_ids)
     ranked = [place for place, index in enumerate(numbered) if index >= 0 and item_ids[place] not in drawn]
     reasons = [DRAWN if item_id in drawn else UNSEEN for item_id in item_ids]
     explained = explain(recommender, user_index, seen, [int(numbered[place]) for place in ranked])

@@ -87,9 +87,10 @@ class SimilarItems:
 
     def _by_vectors(self, active: Active, item_id: str, k: int, categories: CategoryFilter) -> list[tuple[str, float]]:
         recommender = active.recommender
-        index = recommender.items.index(item_id)
-        if index < 0 or active.candidates.was_erased(index):
+        known = active.item_indices([item_id])
+        if not len(known):
             return []
+        index = int(known[0])
         try:
             indices, cosines = self._neighbours(active, index)
         except ValueError:  # a version that has no vectors

@@ -145,6 +145,12 @@ def test_an_erased_item_leaves_and_its_old_weights_do_not_come_back(
     publish.catalogue([first])  # the same id, another thing: at the end, among what nothing could score
     assert recommend(client, k=30)["items"][-1] == {"item_id": first, "score": None, "rank": 30, "exploration": False}
     assert first in shown(recommend(client, "somebody new", k=30))
-    publish("v2", ITEMS)  # nothing says that its training data came after the erasure
+    recommender = publish("v2", ITEMS)  # nothing says that its training data came after the erasure
     poll(client)
     assert recommend(client, k=30)["items"][-1]["score"] is None
+    for user, numbers in (("anna", [0]), ("somebody else", [-1])):
+        for item_id in (first, shown(recommend(client, user))[0]):
+            client.post("/feedback", json={"user_id": user, "item_id": item_id, "type": "click"})
+        known = [recommender.items.index(item_id)]
+        best = recommender.top_k(numbers, [known], [[*known, recommender.items.index(first)]], 5)[0][0]
+        assert shown(recommend(client, user, k=5)) == recommender.items.ids(best)  # by the other one alone

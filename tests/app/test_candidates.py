@@ -65,7 +65,7 @@ def test_any_sequence_of_changes(engine: Engine, seed: int, monkeypatch: pytest.
         for _ in range(chance.choice([1, 1, 2, 6])):
             item_id = chance.choice(KNOWN + OTHERS)
             if chance.random() < 0.15:
-                if erase(engine, "item", item_id, actor="test"):
+                if erase(engine, "item", item_id, actor="test").is_new:
                     dropped.add(item_id)
             else:
                 categories = chance.sample(CATEGORIES, chance.randrange(4))

@@ -146,6 +146,19 @@ def test_a_user_without_events_who_is_gone(client: TestClient, publish: Any) -> 
     assert client.get("/users/anna/recommendations", params={"cursor": cursor}).status_code == 410
 
 
+def test_a_user_who_is_gone_and_came_back(client: TestClient, publish: Any) -> None:
+    publish("v1", ITEMS)
+    click(ready(client), "item-01", "a stranger")
+    cursor = ask(client, "a stranger")["next_cursor"]
+    assert client.delete("/users/a stranger").status_code == 204
+    click(client, "item-02", "a stranger")
+    # It would rank by what was erased.
+    parameters = {"cursor": cursor}
+    assert client.get("/users/a stranger/recommendations", params=parameters).status_code == 410
+    fresh = ask(client, "a stranger")["next_cursor"]
+    assert ask(client, "a stranger", cursor=fresh)["items"]
+
+
 def test_what_is_no_cursor(client: TestClient, publish: Any) -> None:
     publish("v1", ITEMS)
     cursor = ask(ready(client), k=5)["next_cursor"]

@@ -2,9 +2,9 @@
 
 import threading
 from contextlib import closing
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 import pytest
@@ -18,7 +18,7 @@ from app.erasure import Erased, erase, subject_sha256
 from app.event_writer import EVENT_COLUMNS, open_writer
 from app.serving.recommendation_log import SHOWN, RecommendationLog, Shown
 from app.settings import Settings
-from app.tables import audit_log, erasures, events, items, recommendation_log, users
+from app.tables import audit_log, erasures, events, items, recommendation_log, snapshots, users
 from app.training.snapshots import take_snapshot
 from ml.snapshots import read_parts
 from ml.store import open_store
@@ -44,8 +44,7 @@ def test_a_user_is_erased_once(engine: Engine) -> None:
         connection.execute(sa.insert(users), {"user_id": "a", "metadata": {}, "created_at": NOW, "updated_at": NOW})
         newest = connection.execute(sa.select(sa.func.max(events.c.position))).scalar()
     assert erase(engine, "user", "a", actor="cli") == Erased(catalog=1, events=2, log_rows=1)
-    assert not erase(engine, "user", "a", actor="cli")
-    assert not erase(engine, "item", "nothing", actor="cli")
+    assert erase(engine, "user", "a", actor="cli") == Erased(0, 0, 0, is_new=False)
     with engine.connect() as connection:
         assert connection.execute(sa.select(events.c.user_id).order_by(events.c.position)).scalars().all() == ["b", "c"]
         assert connection.execute(sa.select(recommendation_log.c.user_id)).scalars().all() == ["b"]
@@ -58,6 +57,21 @@ def test_a_user_is_erased_once(engine: Engine) -> None:
     )
     assert audited["subject"] == f"sha256:{subject_sha256('a')}"
     assert audited["details"] == {"catalog": 1, "events": 2, "log_rows": 1}
+
+
+@pytest.mark.parametrize("kind", ["user", "item"])
+def test_what_left_no_row_is_erased_for_those_that_may_hold_it(engine: Engine, kind: Literal["user", "item"]) -> None:
+    assert erase(engine, kind, "a", actor="cli") == Erased(0, 0, 0, is_new=True)
+    assert erase(engine, kind, "a", actor="cli") == Erased(0, 0, 0, is_new=False)
+    with writing(engine) as connection:  # it may have come back, gone into this snapshot, and lost its rows
+        later = datetime.now(UTC) + timedelta(seconds=1)
+        connection.execute(sa.insert(snapshots), {"hash": "h", "cluster": "", "created_at": later})
+    assert erase(engine, kind, "a", actor="cli") == Erased(0, 0, 0, is_new=True)
+    with engine.connect() as connection:
+        assert (
+            connection.execute(sa.select(erasures.c.kind, erasures.c.subject_sha256)).all()
+            == [(kind, subject_sha256("a"))] * 2
+        )
 
 
 def test_an_item_is_erased_with_everyones_events(engine: Engine) -> None:

@@ -119,6 +119,17 @@ def test_bad_sessions_are_named(client: TestClient, body: dict[str, Any], field:
     assert response.json()["errors"][0]["field"] == field
 
 
+def test_an_erased_item_that_came_back_is_another_thing(client: TestClient, publish: Any) -> None:
+    recommender = publish("v1", ITEMS)
+    activated(client)
+    assert client.delete("/items/item-03").status_code == 204
+    assert client.put("/items/item-03", json={}).status_code == 201
+    answer = ask(client, ["item-03"])
+    assert (answer["source"], answer["reason"]) == ("popular", "the active version knows none of the items")
+    answer = ask(client, ["item-07", "item-03"], k=3, explain=True)
+    assert shown(answer) == expected(recommender, ["item-07"], 3, ["item-07", "item-03"])
+
+
 def test_the_log_knows_the_list_and_not_the_visitor(client: TestClient, publish: Any, engine: Engine) -> None:
     publish("v1", ITEMS)
     activated(client)
