@@ -15,7 +15,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 BUSY_TIMEOUT_SECONDS = 30
 BUSY_POLL_SECONDS = 0.001
 WRITER_CACHE_KIB = 65_536
-WRITER_CHECKPOINT_PAGES = 16_000
+WRITER_CHECKPOINT_PAGES = 32_000
 CONNECT_TIMEOUT_SECONDS = 3
 POOL_TIMEOUT_SECONDS = 5
 # A network that swallows everything is noticed after about ten seconds; by itself TCP takes a quarter of an hour.

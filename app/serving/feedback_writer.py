@@ -17,7 +17,7 @@ from app.serving.new_events import NewEvent
 
 log = structlog.get_logger(__name__)
 
-MAX_ROWS_A_TRANSACTION = 5_000
+MAX_ROWS_A_TRANSACTION = 8_000
 # Beside the number of requests: rows that may wait, for each request that may.
 MAX_ROWS_A_REQUEST_WAITING = 100
 # A commit that another process's transaction forced back, as PostgreSQL does to break a deadlock.

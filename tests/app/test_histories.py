@@ -10,14 +10,15 @@ import pytest
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine
 
-from app.database import writing
+from app.database import create_engine, writing
 from app.erasure import erase
+from app.serving import history_readers
 from app.serving.catalog import Catalog
 from app.serving.event_store import store_events
 from app.serving.histories import Histories
 from app.serving.history import History
 from app.serving.new_events import NewEvent
-from app.tables import events
+from app.tables import BLOCK_BITS, events
 from ml.snapshots import DEFAULT_MEANINGS, EventMeaning
 
 MEANINGS = {**DEFAULT_MEANINGS, "rating": EventMeaning(minimum_value=3.0)}
@@ -150,8 +151,7 @@ def test_a_transaction_that_commits_late_is_not_missed(engine: Engine, workers: 
     if engine.dialect.name == "sqlite":  # one writer at a time: positions are in the order of commits
         return
     worker = workers[0]
-    # The items are there: whoever creates one waits for the others who do.
-    store(engine, event("anna", 1), *[event("carl", number) for number in range(2, 6)])
+    store(engine, event("anna", 1))
     check(engine, worker, "anna", "ben")
     with writing(engine) as slow:
         store_events(slow, [event("anna", 2)], "create")
@@ -180,3 +180,30 @@ def test_memory_is_bounded(engine: Engine, workers: list[Worker]) -> None:
     store(engine, *[event(f"user-{n}", n) for n in range(10)])
     check(engine, small, *[f"user-{n}" for n in range(10)])
     assert sum(small.histories.remembered(f"user-{n}") is not None for n in range(10)) == 2
+
+
+@pytest.mark.parametrize("behind", [0, 1, 2, history_readers.MOST_BLOCKS, 10 * history_readers.MOST_BLOCKS])
+def test_what_is_newer_is_found_across_blocks(sqlite_url: str, behind: int) -> None:
+    """On SQLite a look goes through blocks of positions, or past them where they are many."""
+    engine = create_engine(sqlite_url)
+    block = 1 << BLOCK_BITS
+    base = 5 * block
+    positions = [base - 2, base - 1, base, base + 1, base + (behind + 1) * block - 1, base + (behind + 1) * block]
+    with writing(engine) as connection:
+        for position in positions:
+            for user_id in ("anna", "ben"):
+                now = datetime.now(UTC)
+                values = {"event_id": f"e{position}", "item_id": f"i{position}", "type": "click"}
+                at = {"occurred_at": now, "received_at": now, "position": 2 * position + (user_id == "ben")}
+                connection.execute(sa.insert(events).values(user_id=user_id, **values, **at))
+
+    async def look(since: int) -> list[str]:
+        reader = history_readers.open_reader(engine, needs_values=False)
+        found = await reader.look([("anna", since)])
+        reader.close()
+        return [row.item_id for row in found.rows.get("anna", [])]
+
+    for since in [0, *positions, positions[-1] + 1]:
+        expected = [f"i{position}" for position in positions if position >= since]
+        assert sorted(asyncio.run(look(2 * since))) == sorted(expected)
+    engine.dispose()
