@@ -34,7 +34,7 @@ from shortlist_client import (
     UnavailableError,
 )
 
-PATIENT = Retries(tries=10_000, within=600)
+PATIENT = Retries(tries=10_000, within=600, first_delay=0.01, max_delay=0.05)
 
 
 class Relay:
