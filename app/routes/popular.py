@@ -1,6 +1,6 @@
 """`GET /popular`, `/trending`, `/latest`: what to show to anybody, for callers without a known user."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import fastapi
 from fastapi import APIRouter, Response
@@ -11,6 +11,7 @@ from app.errors import responses
 from app.routes.recommendations import CategoryParameters, K
 from app.security import Recommend
 from app.serving.activity import MAX_POPULAR_HOURS, MAX_TRENDING_HOURS
+from app.serving.answers import answer_of
 from app.serving.charts import ChartQuery, Surface
 from app.serving.service import Service, ServiceDep
 
@@ -93,14 +94,4 @@ def _chart(
     service: Service, surface: Surface, asked: PopularParameters | TrendingParameters | LatestParameters
 ) -> Response:
     found = service.charts.rank(surface, ChartQuery(asked.k, asked.filter, asked.window_hours))
-    answer: dict[str, Any] = {
-        "recommendation_id": found.recommendation_id,
-        "items": [
-            {"item_id": item_id, "score": score, "rank": rank}
-            for rank, (item_id, score) in enumerate(found.items, start=1)
-        ],
-        "source": found.source,
-    }
-    if found.reason is not None:
-        answer["reason"] = found.reason
-    return JSONResponse(answer)
+    return JSONResponse(answer_of(found))

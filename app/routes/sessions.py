@@ -1,6 +1,6 @@
 """`POST /sessions/recommendations`: what to show to a visitor without an id."""
 
-from typing import Any, Literal
+from typing import Literal
 
 from fastapi import APIRouter, Response
 from fastapi.responses import JSONResponse
@@ -10,7 +10,7 @@ from app.errors import responses
 from app.identifiers import ItemId
 from app.routes.recommendations import MAX_EXCLUDE, ListParameters, RecommendedItem
 from app.security import Recommend
-from app.serving.reasons import add_reasons
+from app.serving.answers import answer_of, listed
 from app.serving.service import ServiceDep
 
 router = APIRouter(tags=["recommendations"])
@@ -52,18 +52,5 @@ def session_recommendations(body: SessionRequest, service: ServiceDep, _: Recomm
     """Rank with the active version from the items in the request alone. Nothing is stored but the log of what was
     shown."""
     found = service.sessions.rank(body.items, body.query())
-    answer: dict[str, Any] = {
-        "recommendation_id": found.recommendation_id,
-        "items": [
-            {"item_id": item_id, "score": score, "rank": rank, "exploration": False}
-            for rank, (item_id, score) in enumerate(found.items, start=1)
-        ],
-        "source": found.source,
-        "model_version": found.model_version,
-        "data_through": found.data_through,
-    }
-    if found.reasons is not None:
-        add_reasons(answer["items"], found.reasons)
-    if found.reason is not None:
-        answer["reason"] = found.reason
-    return JSONResponse(answer)
+    items = listed(found.items, explored=(), reasons=found.reasons)
+    return JSONResponse(answer_of(found, items, model_version=found.model_version, data_through=found.data_through))

@@ -1,6 +1,6 @@
 """`GET /items/{item_id}/similar`: what is like an item."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import fastapi
 from fastapi import APIRouter, Path, Response
@@ -11,6 +11,7 @@ from app.errors import Problem, responses
 from app.identifiers import ItemId
 from app.routes.recommendations import CategoryParameters, K
 from app.security import Recommend
+from app.serving.answers import answer_of
 from app.serving.service import ServiceDep
 from app.serving.similar import UnknownItem
 
@@ -65,15 +66,4 @@ def similar(
         found = service.similar.rank(item_id, parameters.k, parameters.filter)
     except UnknownItem:
         raise Problem(404, detail=f"there is no item {item_id!r} in the catalogue", field="path.item_id") from None
-    answer: dict[str, Any] = {
-        "item_id": item_id,
-        "recommendation_id": found.recommendation_id,
-        "items": [
-            {"item_id": other, "score": score, "rank": rank} for rank, (other, score) in enumerate(found.items, start=1)
-        ],
-        "source": found.source,
-        "model_version": found.model_version,
-    }
-    if found.reason is not None:
-        answer["reason"] = found.reason
-    return JSONResponse(answer)
+    return JSONResponse(answer_of(found, item_id=item_id, model_version=found.model_version))

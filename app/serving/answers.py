@@ -1,16 +1,67 @@
-"""Answers as they are sent and logged: all but the id and the cursor may be sent again as it is."""
+"""Answers as they are sent and logged: all but the id and the cursor of a user's may be sent again as it is."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from pydantic_core import to_json
 
 from app.serving.exploration import Draw
 from app.serving.query import Query
 from app.serving.ranked_lists import Source
-from app.serving.reasons import Reason, add_reasons
+from app.serving.reasons import Reason
 from app.serving.recommendation_log import Shown
+
+# What is listed, with scores; None where nothing could score an item.
+Items = Sequence[tuple[str, float | None]]
+
+
+def listed(
+    items: Items, *, explored: Collection[int] | None = None, reasons: Sequence[Reason] | None = None
+) -> list[dict[str, Any]]:
+    """The items of an answer, best first, as plain values past the model of the route, which a test holds them to.
+
+    `explored` are the ranks that chance filled, where the answer tells of such things; then `reasons` may be there too.
+    """
+    numbered = enumerate(items, start=1)
+    if explored is None:
+        return [{"item_id": item_id, "score": score, "rank": rank} for rank, (item_id, score) in numbered]
+    sent: list[dict[str, Any]] = [
+        {"item_id": item_id, "score": score, "rank": rank, "exploration": rank in explored}
+        for rank, (item_id, score) in numbered
+    ]
+    if reasons is not None:
+        for item, reason in zip(sent, reasons, strict=True):
+            because = [{"item_id": item_id, "effect": effect} for item_id, effect in reason.because]
+            item["reason"] = {"method": reason.method, "because": because}
+    return sent
+
+
+class Found(Protocol):
+    """A list that is not a user's own."""
+
+    @property
+    def recommendation_id(self) -> str: ...
+
+    @property
+    def items(self) -> Items: ...
+
+    @property
+    def source(self) -> str: ...
+
+    @property
+    def reason(self) -> str | None: ...
+
+
+def answer_of(found: Found, items: list[dict[str, Any]] | None = None, **more: Any) -> dict[str, Any]:
+    """An answer without a cursor; `items` as `listed`, if with more than the found ones' scores."""
+    answer = {
+        "recommendation_id": found.recommendation_id,
+        "items": listed(found.items) if items is None else items,
+        "source": found.source,
+        **more,
+    }
+    return answer if found.reason is None else {**answer, "reason": found.reason}
 
 
 @dataclass(slots=True)
@@ -43,13 +94,7 @@ class Answer(NamedTuple):
     def of(cls, ranking: Ranking, policy: str, filters: dict[str, Any]) -> "Answer":
         """`filters` are the query's as the log keeps them."""
         drawn = {draw.place + 1: draw for draw in ranking.draws}
-        # Plain values past the model of the route, which is held to them by a test.
-        items: list[dict[str, Any]] = [
-            {"item_id": item_id, "score": score, "rank": rank, "exploration": rank in drawn}
-            for rank, (item_id, score) in enumerate(ranking.items, start=1)
-        ]
-        if ranking.reasons is not None:
-            add_reasons(items, ranking.reasons)
+        items = listed(ranking.items, explored=drawn, reasons=ranking.reasons)
         values = {
             "items": items,
             "source": ranking.source,

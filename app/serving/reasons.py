@@ -1,8 +1,8 @@
 """Why each item of an answer is there, in the caller's ids."""
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from app.serving.active_models import Active
 from app.serving.catalog import Catalog
@@ -51,10 +51,3 @@ def reasons_of(
         )
         reasons[place] = Reason(explained.method, because)
     return reasons
-
-
-def add_reasons(items: list[dict[str, Any]], found: Iterable[Reason]) -> None:
-    """Put each item's reason beside it, as an answer has it."""
-    for item, reason in zip(items, found, strict=True):
-        because = [{"item_id": item_id, "effect": effect} for item_id, effect in reason.because]
-        item["reason"] = {"method": reason.method, "because": because}
