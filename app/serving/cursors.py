@@ -14,7 +14,7 @@ import struct
 import zlib
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from itertools import pairwise
+from operator import sub
 from typing import Any
 
 import numpy as np
@@ -188,11 +188,12 @@ def _text(signed: bytes) -> str:
 def _section(numbers: Numbers, *, ordered: bool) -> bytes:
     """Numbers in as few bytes as is simple: `ordered` ones as steps of one width, or a bitmap where that is shorter."""
     if len(numbers) <= FEW:  # as on every first page: many times as fast without arrays
-        values = numbers.tolist()
+        values: list[int] = numbers.tolist()
         if ordered:
-            values = [after - before for before, after in pairwise([0, *sorted(values)])]
-        width = _width(max(values, default=0))
-        return _SECTION.pack(width, width * len(values)) + struct.pack(f"<{len(values)}{_LETTERS[width]}", *values)
+            values.sort()
+            values = list(map(sub, values, [0, *values]))
+        width = _width(max(values)) if values else 1
+        return struct.pack(f"<BI{len(values)}{_LETTERS[width]}", width, width * len(values), *values)
     numbers = np.sort(numbers) if ordered else numbers
     steps = np.diff(numbers, prepend=0) if ordered else numbers
     width = _width(int(steps.max()))
@@ -206,7 +207,7 @@ def _section(numbers: Numbers, *, ordered: bool) -> bytes:
 
 
 def _width(largest: int) -> int:
-    return next(width for width in _LETTERS if largest < 1 << 8 * width)
+    return 1 if largest < 1 << 8 else 2 if largest < 1 << 16 else 4 if largest < 1 << 32 else 8
 
 
 _NO_SECTION = _section(NOTHING, ordered=True)
