@@ -28,6 +28,8 @@ class Examples:
             shares = (1.0 + ages) ** -recency * counts.float() ** -user_balance
             self.weights = shares if self.weights is None else self.weights * shares
         self._in_time = (self.items, self.weights)
+        # Where the targets that begin at a position end, if not with the user's items.
+        self._ends: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.users)
@@ -43,7 +45,8 @@ class Examples:
     def targets(self, positions: Tensor, number: int) -> tuple[Tensor, Tensor]:
         """The items from each position on, (batch, number), and which of them are there."""
         rows = positions.unsqueeze(1) + torch.arange(number, device=positions.device)
-        is_there = rows < self.offsets[self.users[positions] + 1].unsqueeze(1)
+        ends = self.offsets[self.users[positions] + 1] if self._ends is None else self._ends[positions]
+        is_there = rows < ends.unsqueeze(1)
         # In place of those that are not there stands the first, which is learnt from anyway: no other row may move.
         return self.items[torch.where(is_there, rows, positions.unsqueeze(1))], is_there
 
@@ -68,3 +71,18 @@ class Examples:
             torch.index_select(weights, 0, rows, out=self.weights)
         places = torch.arange(len(self.users), device=self.users.device) - self.offsets[self.users]
         return torch.nonzero(places % number == 0).flatten()
+
+    def cut(self, number: int, generator: torch.Generator) -> Tensor:
+        """Cut each user's items, in order, into runs of up to `number`; returns the positions where runs begin.
+
+        The first run is as long as chance will have it, so that an item follows other windows in other epochs.
+        """
+        device = self.users.device
+        first = torch.randint(number, (len(self.offsets) - 1,), generator=generator, device=device)
+        positions = torch.arange(len(self.users), device=device)
+        begins, ends = self.offsets[self.users], self.offsets[self.users + 1]
+        places = (positions - begins + first[self.users]) % number
+        if self._ends is None:  # a recorded step goes on reading the same memory
+            self._ends = torch.empty_like(positions)
+        torch.minimum(positions - places + number, ends, out=self._ends)
+        return torch.nonzero((places == 0) | (positions == begins)).flatten()

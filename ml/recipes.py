@@ -61,8 +61,9 @@ class Recipe:
     """How a model is made and trained.
 
     `negatives` sampled items an example, `shared_negatives` one draw for the whole batch; "hard" and "semi_hard"
-    choose them from `pool` uniform ones by the model's own scores. `targets` items after a window are learnt at once;
-    without a window, that many of a user's items, against the same samples. `batch_size` counts windows, or targets.
+    choose them from `pool` uniform ones by the model's own scores. `targets` items after a window are learnt at once,
+    against the same samples; without a window, that many of a user's items. `batch_size` counts targets. An epoch
+    shows each item as a target once.
     An example that n of its user's are newer than weighs (1 + n) ** -recency, where the data are in order; one of m
     examples of its user weighs m ** -user_balance.
     With the "cosine" schedule the learning rate falls to nothing over all `epochs`.

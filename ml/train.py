@@ -182,9 +182,10 @@ class _Loop:
         """Show the model every example once, in a new order."""
         self.model.train()
         number, size = self.number, self.recipe.batch_size
-        if self.model.window_length == 0 and self.recipe.targets > 1:
-            # Without a window, the targets of a step are any of a user's items, who are scored against one draw.
-            order = self.examples.group(self.recipe.targets, self.generator)
+        if self.recipe.targets > 1:
+            # Without a window, targets that are learnt together are any of a user's items, else neighbours.
+            cut = self.examples.group if self.model.window_length == 0 else self.examples.cut
+            order = cut(self.recipe.targets, self.generator)
             groups = self.processes.sum_number(len(order))
             size = max(1, round(size * groups / number))  # groups that hold about batch_size targets
         else:

@@ -287,6 +287,22 @@ def test_windows_and_targets_stay_within_a_users_history() -> None:
     assert targets[~is_there].tolist() == [2, 4]
 
 
+def test_runs_of_targets_hold_every_example_once_behind_the_window_before_them() -> None:
+    data = Interactions.from_arrays([*"aaaaaaabbc"], [*"tuvwxyzuvt"])
+    examples = Examples(data, torch.device("cpu"))
+    generator = torch.Generator().manual_seed(0)
+    cuts = set()
+    for _ in range(20):
+        starts = examples.cut(3, generator)
+        rows = starts.unsqueeze(1) + torch.arange(3)
+        targets, is_there = examples.targets(starts, 3)
+        assert rows[is_there].tolist() == list(range(len(data)))
+        assert torch.equal(targets[is_there], examples.items)
+        assert {0, 7, 9} <= set(starts.tolist())
+        cuts.add(tuple(starts[starts < 7].tolist()))
+    assert cuts == {(0, 3, 6), (0, 2, 5), (0, 1, 4)}
+
+
 def test_a_heavier_event_pulls_harder() -> None:
     data = Interactions.from_arrays(["a", "a", "b", "b"], ["w", "x", "y", "z"])
     heavy = replace(data, weight=np.array([1, 100, 1, 1], np.float32))
