@@ -35,9 +35,9 @@ from ml.split import Split, split_by_name
 
 STEP_EXAMPLES = 4096
 STEPS = 150
-# The sizes and batches of RecBole 1.2.1's own settings, which counts negatives into a batch. It draws one sample for each
+# The sizes and batches of RecBole 1.2.1's own settings; it counts negatives into a batch. It draws one sample for each
 # target; ours share: all targets of a window, or some of a user, are scored against the same few. What else there is to
-# choose (loss, rates, dropout) was chosen on validation.
+# choose (loss, rate, dropout, precision) was chosen on validation.
 PEERS: dict[str, tuple[dict[str, Any], str, dict[str, str]]] = {
     "NeuMF": (
         {"train_batch_size": 2048},
@@ -45,7 +45,7 @@ PEERS: dict[str, tuple[dict[str, Any], str, dict[str, str]]] = {
         {
             "factors": "64", "tower_factors": "64", "hidden": "128,64", "dropout": "0", "embedding_dropout": "0",
             "negatives": "16", "shared_negatives": "false", "targets": "32", "loss": "softmax", "recency": "0.8",
-            "batch_size": "1024", "learning_rate": "0.02",
+            "batch_size": "1024", "learning_rate": "0.02", "precision": "bfloat16",
         },
     ),
     "Caser": (

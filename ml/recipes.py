@@ -19,6 +19,7 @@ from ml.models import (
 Loss = Literal["bpr", "weighted_bpr", "hinge", "triplet", "softmax", "bce"]
 Sampling = Literal["uniform", "popularity", "semi_hard", "hard"]
 Schedule = Literal["constant", "cosine"]
+Precision = Literal["float32", "bfloat16"]
 # The smallest value of every number in a recipe or a model's configuration, and whether it may be reached.
 _MINIMUM: dict[str, tuple[float, bool]] = {
     "margin": (0, True), "negatives": (1, True), "pool": (0, True), "popularity_power": (0, True), "targets": (1, True),
@@ -67,6 +68,7 @@ class Recipe:
     An example that n of its user's are newer than weighs (1 + n) ** -recency, where the data are in order; one of m
     examples of its user weighs m ** -user_balance.
     With the "cosine" schedule the learning rate falls to nothing over all `epochs`.
+    On a CPU, `precision` is that of the training's products; a GPU multiplies in bfloat16 whatever it says.
     Training stops after `patience` epochs without a better validation, or after `epochs`.
     """
 
@@ -87,6 +89,7 @@ class Recipe:
     schedule: Schedule = "constant"
     l2: float = 0.0
     batch_size: int = 1024
+    precision: Precision = "float32"
     epochs: int = 20
     patience: int = 3
 
@@ -98,7 +101,8 @@ class Recipe:
         for key, value in [*_values(self), *_values(self.config)]:
             if key in _MINIMUM:
                 _check_number(key, value)
-        for key, kind in (("loss", Loss), ("sampling", Sampling), ("schedule", Schedule)):
+        kinds = (("loss", Loss), ("sampling", Sampling), ("schedule", Schedule), ("precision", Precision))
+        for key, kind in kinds:
             if (value := dict(_values(self))[key]) not in get_args(kind):
                 raise ValueError(f"{key} must be one of {', '.join(get_args(kind))}, not {value!r}")
         if isinstance(self.config, NeuMFConfig) and self.loss == "triplet":

@@ -253,7 +253,8 @@ class _Loop:
             hidden = torch.rand(len(users), generator=self.generator, device=self.device) < self.hidden_share
             users = torch.where(hidden, self.model.num_users, users)
 
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+        is_half = self.device.type == "cuda" or recipe.precision == "bfloat16"
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=is_half):
             encoded = self.model.encode(users, windows)
             if recipe.shared_negatives:
                 positive, negative = self.model.score(encoded, targets), self.model.score(encoded, negatives.items)

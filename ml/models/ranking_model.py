@@ -101,7 +101,7 @@ class RankingModel(nn.Module):
         if products.is_distance:
             return negative_distances(encoded, products.vectors)
         scores = pair_scores(encoded, products.vectors)
-        return scores if products.biases is None else scores + products.biases
+        return scores if products.biases is None else scores.add_(products.biases)
 
     def few_encoder(self) -> FewEncoder | None:
         """Something faster than `encode` for a few users at a time, once the weights rest; None if there is nothing."""

@@ -51,6 +51,7 @@ def test_overrides_are_typed_by_their_key() -> None:
         ("batch_size", "10000001", "batch_size must be at most 10,000,000"),
         ("item_bias", "maybe", "item_bias must be true or false"),
         ("schedule", "daily", "schedule must be one of constant, cosine"),
+        ("precision", "float16", "precision must be one of float32, bfloat16"),
         ("loss", "magic", "loss must be one of bpr, weighted_bpr, hinge, triplet, softmax, bce"),
         ("sampling", "hard", "hard sampling chooses from a pool: set pool"),
         ("name", "mine", "unknown setting 'name'"),

@@ -101,6 +101,11 @@ def test_several_targets_learn_too(name: str) -> None:
     assert own_colour(train(recipe(name, targets="5", epochs="10"), BOARD).model, BOARD) > 0.9
 
 
+@pytest.mark.parametrize("name", ["neumf", "caser", "matrix_factorization"])
+def test_products_in_half_precision_learn_too(name: str) -> None:
+    assert own_colour(train(recipe(name, precision="bfloat16"), BOARD).model, BOARD) > 0.9
+
+
 def test_groups_hold_every_example_once_and_only_their_users() -> None:
     data = replace(BOARD, weight=np.arange(len(BOARD), dtype=np.float32))
     examples = Examples(data, torch.device("cpu"))
