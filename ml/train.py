@@ -229,7 +229,8 @@ class _Loop:
 
     def _step(self, positions: Tensor) -> Tensor:
         """Learn from the examples at these positions, and from those of the other processes; returns their loss."""
-        self.optimizer.zero_grad(set_to_none=True)
+        for parameter in self.parameters.values():
+            parameter.grad = None
         loss, weight = self._learn(positions)
         loss = self.processes.add_gradients(self.parameters, self.tables, loss, weight)
         self.optimizer.step()

@@ -89,7 +89,9 @@ class NeuMF(RankingModel):
 
     def _tower(self, user_share: Tensor, item_share: Tensor) -> Tensor:
         """The tower's part of the score, (batch, n), from the two shares of the first layer's sums."""
-        hidden: Tensor = self.dropout(functional.relu(user_share.unsqueeze(1) + item_share))
+        # In half precision the layers are half as large; what the user brings would make them whole again.
+        sums = user_share.unsqueeze(1).to(item_share.dtype) + item_share
+        hidden: Tensor = self.dropout(functional.relu(sums))
         for layer in self.deeper_layers:
             hidden = self.dropout(functional.relu(layer(hidden)))
         return hidden @ self.tower_weights
