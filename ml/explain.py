@@ -7,7 +7,8 @@ from typing import Literal
 import numpy as np
 
 from ml.models import Popularity
-from ml.recommender import AnyIndices, Recommender
+from ml.recommender import Recommender
+from ml.screening import AnyIndices
 
 Method = Literal["leave_one_out", "fold_in", "popularity"]
 

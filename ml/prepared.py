@@ -13,7 +13,17 @@ from ml.inner_product_screen import InnerProductScreen
 from ml.models import FewEncoder, InnerProducts, NeuMF, RankingModel
 from ml.neumf_screen import NeuMFScreen
 from ml.retrieval import Retrieval, candidate_count
-from ml.screening import SPARE, Floats, Indices, Screened, best_of, best_of_each, screened_top, whole_products_are_exact
+from ml.screening import (
+    SPARE,
+    AnyIndices,
+    Floats,
+    Indices,
+    Screened,
+    best_of,
+    best_of_each,
+    screened_top,
+    whole_products_are_exact,
+)
 
 # Catalogues from which on a screen finds the best items sooner than scores of all do; see docs/performance.md.
 PRODUCTS_SCREENED_FROM = 50_000
@@ -137,17 +147,22 @@ class Prepared:
         return best_of(scores[0], k)
 
     def top_of_all(
-        self, encoded: Tensor, excluded: Sequence[Indices], k: int, allowed: npt.NDArray[np.bool_] | None
+        self, encoded: Tensor, excluded: Sequence[AnyIndices], k: int, allowed: npt.NDArray[np.bool_] | None
     ) -> tuple[Indices, Floats]:
         """The k best items of encoded users, (batch, width), from the scores of all: (batch, k), and their scores.
 
-        As `best_of_each` gives them. What a user gets does not depend, to the last bit, on the company.
+        As `best_of_each` gives them. Negative items are passed over. What a user gets does not depend, to the last bit,
+        on the company.
         """
         scores = self._scores(encoded)
         if allowed is not None and not allowed.all():
             scores[:, ~allowed] = _NEVER
-        for own, items in zip(scores, excluded, strict=True):
-            own[items] = _NEVER
+        items = np.concatenate(excluded, dtype=np.int64, casting="unsafe")
+        rows = np.repeat(np.arange(len(scores)), [len(own) for own in excluded])
+        if len(items) and items.min() < 0:
+            rows, items = rows[items >= 0], items[items >= 0]
+        scores[rows, items] = _NEVER
+        for _ in excluded:
             self._on_ranked("scored")
         return best_of_each(scores, k)
 
@@ -177,8 +192,9 @@ class Prepared:
         """Scores of all items for each user, (batch, num_items), for the caller to change."""
         scores = np.empty((len(encoded), self._model.num_items), np.float32)
         if self._products is None:
-            for row, own in enumerate(scores):
-                own[:] = self._model.score_all(encoded[row : row + 1])[0].float().numpy()
+            with torch.inference_mode():
+                for row, own in enumerate(scores):
+                    own[:] = self._model.score_all(encoded[row : row + 1])[0].float().numpy()
             return scores
         # One product for all would take hardly less time, and round otherwise in other company.
         if self._products.is_distance:

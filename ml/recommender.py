@@ -3,7 +3,7 @@
 import threading
 from collections.abc import Callable, Sequence
 from itertools import chain
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -15,12 +15,11 @@ from ml.ids import IdMap
 from ml.interactions import Interactions
 from ml.models import RankingModel
 from ml.prepared import MOST_TOGETHER, Prepared, Way
-from ml.screening import ScoresNotNumbers
+from ml.screening import AnyIndices, ScoresNotNumbers
 
 __all__ = ["Recommender", "ScoresNotNumbers", "best", "windows_from_histories", "windows_from_interactions"]
 
 Indices: TypeAlias = npt.NDArray[np.int64]
-AnyIndices: TypeAlias = npt.NDArray[Any] | Sequence[int]
 
 UNKNOWN = -1
 _NEVER = float("-inf")
@@ -34,13 +33,13 @@ def windows_from_histories(histories: Sequence[AnyIndices], length: int, padding
     windows = np.full((len(histories), length), padding, np.int64)
     if length == 0:
         return windows
-    for row, history in enumerate(histories):
-        whole = np.asarray(history, np.int64)
-        recent = whole[-length:]
-        if len(recent) and recent.min() < 0:
-            recent = whole[whole >= 0][-length:]
-        if len(recent):
-            windows[row, length - len(recent) :] = recent
+    for window, history in zip(windows, histories, strict=True):
+        if count := min(len(history), length):
+            window[-count:] = history[-count:]
+    for row in np.flatnonzero(windows.min(1) < 0).tolist() if len(windows) else ():
+        whole = np.asarray(histories[row], np.int64)
+        known = whole[whole >= 0][-length:]
+        windows[row, : length - len(known)], windows[row, length - len(known) :] = padding, known
     return windows
 
 
@@ -199,11 +198,11 @@ class Recommender:
         """
         if k < 1:
             raise ValueError("k must be at least 1")
+        if self._prepared is not None and self._prepared.is_exhaustive and len(encoded) <= MOST_TOGETHER:
+            return self._prepared.top_of_all(encoded, excluded, k, allowed)
         outs = [np.asarray(items, np.int64) for items in excluded]
         outs = [out if not len(out) or out.min() >= 0 else out[out >= 0] for out in outs]
         with torch.inference_mode():
-            if self._prepared is not None and self._prepared.is_exhaustive and len(encoded) <= MOST_TOGETHER:
-                return self._prepared.top_of_all(encoded, outs, k, allowed)
             chosen = np.full((len(encoded), k), UNKNOWN, np.int64)
             kept = np.full((len(encoded), k), _NEVER, np.float32)
             if self._prepared is not None and not self._prepared.is_exhaustive:

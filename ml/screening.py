@@ -6,8 +6,8 @@ scored exactly. So the list is the exact one, always.
 """
 
 import functools
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 Indices = npt.NDArray[np.int64]
+AnyIndices: TypeAlias = npt.NDArray[Any] | Sequence[int]
 Floats = npt.NDArray[np.float32]
 Bounds = npt.NDArray[np.float64]
 
@@ -121,18 +122,23 @@ def best_of_each(scores: Floats, k: int) -> tuple[Indices, Floats]:
     Items are -1 and scores minus infinity where fewer than k are above minus infinity. Raises ScoresNotNumbers.
     """
     batch, count = scores.shape
-    items, values = np.full((batch, k), -1, np.int64), np.full((batch, k), _NEVER)
     if not count:
-        return items, values
+        return np.full((batch, k), -1, np.int64), np.full((batch, k), _NEVER)
     last = max(count - k, 0)
     highest = np.partition(scores, last, axis=1)[:, last:]
     if np.isnan(highest).any():  # the highest of all to partition
         raise ScoresNotNumbers
-    floors = highest[:, 0]
+    floors = highest[:, :1]
     flat = scores.reshape(-1)
-    found = np.flatnonzero(scores >= floors[:, None])
+    found = np.flatnonzero(scores >= floors)
     own = flat[found]
-    if floors.min() == _NEVER:
+    lowest = floors.min()
+    if len(found) == batch * k and lowest > _NEVER:  # no tie at any end, as mostly
+        order = np.argsort(-own.reshape(batch, k), axis=1, kind="stable")
+        found = np.take_along_axis(found.reshape(batch, k), order, axis=1)
+        return found - np.arange(0, batch * count, count)[:, None], flat[found]
+    items, values = np.full((batch, k), -1, np.int64), np.full((batch, k), _NEVER)
+    if lowest == _NEVER:
         found, own = found[own > _NEVER], own[own > _NEVER]
     rows = found // count
     found = found[np.lexsort((found, -own, rows))]  # the rows stay where they are

@@ -1,7 +1,7 @@
 """What one user did, in four bytes an item, and how it comes of events."""
 
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -46,8 +46,11 @@ class ItemNumbers:
         """The item's number; -1 where no history has named it."""
         return self._numbers.get(item_id, -1)
 
-    def numbers(self, item_ids: Iterable[str]) -> Numbers:
-        return np.fromiter(map(self.number, item_ids), np.int32)
+    def numbers(self, item_ids: Sequence[str]) -> Numbers:
+        found = list(map(self._numbers.get, item_ids))
+        if None in found:
+            return np.fromiter(map(self.number, item_ids), np.int32)
+        return np.array(found, np.int32)
 
 
 _NO_NUMBERS: Numbers = np.zeros(0, np.int32)
@@ -151,12 +154,13 @@ class HistoryBuilder:
             counts = np.array([meaning.is_interaction(value) for meaning, value in pairs], np.bool_)
             left_out, kept_out = numbers[excludes], np.unique(numbers[excludes & ~counts])
             numbers, times = numbers[counts], times[counts]
-        distinct = np.unique(left_out)
+        if len(set(left_out.tolist())) < len(left_out):
+            left_out = np.unique(left_out)
         return History(
             self._items,
             numbers[-self._max_history :],
             times[-self._max_history :],
-            left_out if len(distinct) == len(left_out) else distinct,  # mostly the same array as the interactions
+            left_out,  # mostly the same array as the interactions
             kept_out,
             through,
         )

@@ -51,7 +51,7 @@ class Ranked(NamedTuple):
     source: Source
     candidate_count: int  # of which these are the first; of popular items, one more than these if there are more
     active: Active | None = None  # what ranked
-    encoded: Tensor | None = None  # the user, for what ranked
+    encoded: Tensor | None = None  # the user, for what ranked; kept of users who were ranked for alone
     history: Numbers = NOTHING  # what it was ranked by, as far as a further page needs it
     indices: Numbers = NOTHING  # of the first items: those that come after them are unknown to what ranked
 
@@ -113,7 +113,7 @@ class RankedLists:
                 ranked.append(None)
                 continue
             row = next(rows)
-            own = encoded if len(users) == 1 else encoded[row : row + 1]
+            own = encoded if len(users) == 1 else None
             ranked.append(self._ranked(active, state, user, own, *chosen[row], query, page))
         return ranked
 
@@ -148,7 +148,7 @@ class RankedLists:
         active: Active,
         state: State,
         user: "_Begun",
-        encoded: Tensor,
+        encoded: Tensor | None,
         indices: Numbers,
         scores: Floats,
         query: Query,

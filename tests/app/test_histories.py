@@ -151,7 +151,8 @@ def test_a_transaction_that_commits_late_is_not_missed(engine: Engine, workers: 
     if engine.dialect.name == "sqlite":  # one writer at a time: positions are in the order of commits
         return
     worker = workers[0]
-    store(engine, event("anna", 1))
+    # The items are there: whoever creates one waits for the others who do.
+    store(engine, event("anna", 1), *[event("carl", number) for number in range(2, 6)])
     check(engine, worker, "anna", "ben")
     with writing(engine) as slow:
         store_events(slow, [event("anna", 2)], "create")
