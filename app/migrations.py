@@ -1,18 +1,19 @@
-"""Bringing a database to the tables of this release, safely when several processes start at once."""
+"""Bringing a database to the tables of this release, safely when several processes start at once.
+
+Alembic is imported where it has something to do: a database that is at this release takes no part of it.
+"""
 
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import sqlalchemy as sa
-from alembic import command
-from alembic.config import Config
-from alembic.runtime.migration import MigrationContext
-from alembic.script import ScriptDirectory
-from alembic.util.exc import CommandError
 from sqlalchemy.engine import Connection, Engine
 
 from app.database import writing
+
+if TYPE_CHECKING:
+    from alembic.config import Config
 
 # Beside `app/` in a checkout and in the image alike.
 SCRIPTS = Path(__file__).resolve().parent.parent / "alembic"
@@ -41,10 +42,10 @@ class MigrationError(RuntimeError):
     """The database cannot be brought to the tables of this release."""
 
 
-def config(connection: Connection | None = None) -> Config:
+def config(connection: Connection | None = None) -> "Config":
     """Alembic's configuration, without reading alembic.ini: it holds nothing that a program needs."""
-    if not (SCRIPTS / "env.py").is_file():
-        raise MigrationError(f"the migrations are missing: {SCRIPTS} must lie beside the package `app`")
+    from alembic.config import Config
+
     alembic = Config()
     alembic.set_main_option("script_location", str(SCRIPTS).replace("%", "%%"))
     alembic.attributes["connection"] = connection
@@ -52,15 +53,19 @@ def config(connection: Connection | None = None) -> Config:
 
 
 def head() -> str:
-    """The revision that this release works with."""
-    revision = ScriptDirectory.from_config(config()).get_current_head()
-    assert revision is not None, "there is at least one migration"
-    return revision
+    """The revision that this release works with: the last one, which the names of their files begin with."""
+    revisions = [path.name.partition("_")[0] for path in (SCRIPTS / "versions").glob("[0-9]*_*.py")]
+    if not revisions:
+        raise MigrationError(f"the migrations are missing: {SCRIPTS} must lie beside the package `app`")
+    return max(revisions)
 
 
 def current(connection: Connection) -> str | None:
     """The revision a database is at; None before the first migration."""
-    return MigrationContext.configure(connection).get_current_revision()
+    if not sa.inspect(connection).has_table("alembic_version"):
+        return None
+    revision: str | None = connection.scalar(sa.text("SELECT version_num FROM alembic_version"))
+    return revision
 
 
 def migrate(engine: Engine, revision: str = "head") -> bool:
@@ -77,7 +82,7 @@ def migrate(engine: Engine, revision: str = "head") -> bool:
             connection.execute(sa.select(sa.func.pg_advisory_xact_lock(LOCK)))
         if current(connection) == target:
             return False
-        _run(command.upgrade, connection, target)
+        _run("upgrade", connection, target)
     return True
 
 
@@ -86,12 +91,16 @@ def downgrade(engine: Engine, revision: str) -> None:
     with writing(engine) as connection:
         if connection.dialect.name == "postgresql":
             connection.execute(sa.select(sa.func.pg_advisory_xact_lock(LOCK)))
-        _run(command.downgrade, connection, revision)
+        _run("downgrade", connection, revision)
 
 
-def _run(step: Any, connection: Connection, revision: str) -> None:
+def _run(step: Literal["upgrade", "downgrade"], connection: Connection, revision: str) -> None:
+    from alembic import command
+    from alembic.util.exc import CommandError
+
+    run = command.upgrade if step == "upgrade" else command.downgrade
     try:
-        step(config(connection), revision)
+        run(config(connection), revision)
     except CommandError as error:
         raise MigrationError(
             f"this release ({head()}) cannot migrate the database (at {current(connection)}): {error}"

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -15,6 +14,8 @@ from ml.ids import IdMap, Strings
 from ml.snapshots import RETRACT, EventMeaning, meaning_of
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from ml.distributed import Processes
 
 Array = npt.NDArray[Any]
@@ -105,7 +106,7 @@ class Interactions:
     @classmethod
     def from_frame(
         cls,
-        frame: pd.DataFrame,
+        frame: "pd.DataFrame",
         *,
         user: str = "user_id",
         item: str = "item_id",
@@ -117,6 +118,8 @@ class Interactions:
         Ids are taken as strings; times are datetimes (without a zone: UTC) or whole microseconds, and with `time=None`
         the order of the rows is the time. ValueError for a column that is not there or a missing value.
         """
+        import pandas as pd  # here alone: a serving process never needs it
+
         names = [name for name in (user, item, time, weight) if name is not None]
         if absent := [name for name in names if name not in frame.columns]:
             raise ValueError(
@@ -132,8 +135,10 @@ class Interactions:
             times = pd.to_datetime(times, utc=True).dt.as_unit("us").astype("int64")
         return cls.from_arrays(users, items, times, None if weight is None else frame[weight])
 
-    def to_frame(self) -> pd.DataFrame:
+    def to_frame(self) -> "pd.DataFrame":
         """Return user_id, item_id, time (int64, as here) and, where there is one, weight: a row an interaction."""
+        import pandas as pd
+
         columns: dict[str, Any] = {
             "user_id": self.users.array.take(pa.array(self.user_index)).to_pandas(),
             "item_id": self.items.array.take(pa.array(self.item_index)).to_pandas(),

@@ -9,6 +9,7 @@ import sqlalchemy as sa
 from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
+from alembic.script import ScriptDirectory
 from sqlalchemy.engine import Engine
 
 from app import migrations
@@ -30,6 +31,10 @@ def drift(engine: Engine) -> list[object]:
 def test_up_leaves_no_drift(engine: Engine) -> None:
     assert drift(engine) == []
     assert migrate(engine) is False
+
+
+def test_the_last_revision_is_alembics() -> None:
+    assert migrations.head() == ScriptDirectory.from_config(migrations.config()).get_current_head()
 
 
 def test_each_database_has_its_own_index_of_newer_events(engine: Engine) -> None:
