@@ -183,9 +183,12 @@ class _Loop:
         self.model.train()
         number, size = self.number, self.recipe.batch_size
         if self.recipe.targets > 1:
-            # Without a window, targets that are learnt together are any of a user's items, else neighbours.
-            cut = self.examples.group if self.model.window_length == 0 else self.examples.cut
-            order = cut(self.recipe.targets, self.generator)
+            # Without a window, targets that are learnt together are any of a user's items, else neighbours, cut alike
+            # whichever process a user belongs to.
+            if self.model.window_length == 0:
+                order = self.examples.group(self.recipe.targets, self.generator)
+            else:
+                order = self.examples.cut(self.recipe.targets, self.common_generator)
             groups = self.processes.sum_number(len(order))
             size = max(1, round(size * groups / number))  # groups that hold about batch_size targets
         else:
