@@ -141,14 +141,14 @@ class Histories:
     async def _ask(self) -> None:
         """Answer all that wait, round by round; what arrives during a round belongs to the next one."""
         while self._waiting:
+            # What has arrived by now comes along: twice as many share a round.
+            await asyncio.sleep(0)
             waiting = self._next_round()
             try:
                 await self._answer(waiting)
             except Exception as error:
                 self.close()
                 _deliver(chain.from_iterable(waiting.values()), error)
-            if self._waiting:  # a look at SQLite waits for nothing: let others in
-                await asyncio.sleep(0)
         self._asking = False
 
     def _next_round(self) -> dict[str, list[Answer]]:
