@@ -9,7 +9,7 @@ import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import Connection, RowMapping
 
-from app.tables import items, users
+from app.tables import catalog_state, items, users
 
 Kind = Literal["user", "item"]
 Values = Mapping[str, Any]
@@ -96,6 +96,9 @@ def merge(connection: Connection, kind: Kind, rows: Collection[Values]) -> Writt
 
 
 def _known(connection: Connection, shape: Shape, identifiers: Sequence[str]) -> dict[str, RowMapping]:
+    if shape.table is items and connection.dialect.name == "postgresql":
+        # As all that change items do: the number first, then rows. The other way round, two could wait for each other.
+        connection.execute(sa.select(catalog_state.c.changes).with_for_update())
     query = shape.read().where(shape.key.in_(identifiers)).order_by(shape.key).with_for_update()
     return {row[shape.key.name]: row for row in connection.execute(query).mappings()}
 

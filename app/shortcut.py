@@ -106,6 +106,8 @@ class Shortcut:
         """Whether the body is said to be JSON, and of a length that is allowed."""
         length = content_type = None
         for name, value in scope["headers"]:
+            if name == b"transfer-encoding":  # then the length says nothing
+                return False
             if name == b"content-length":
                 length = value
             elif name == b"content-type":

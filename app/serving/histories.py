@@ -27,6 +27,8 @@ REMEMBERED_USERS = 20_000
 REMEMBERED_NUMBERS = 20_000_000
 # So many histories are begun with one look: each may take a millisecond.
 MOST_BEGUN = 8
+# A history so many marks behind is remembered as of this moment: a look takes longer the further it goes back.
+MOST_BEHIND = 65_536
 # After the database failed to answer, requests do without it this long rather than wait for it one by one.
 OUTAGE_SECONDS = 1.0
 
@@ -239,7 +241,10 @@ class Histories:
                 return None
             rows = look.rows.get(user_id, ())
             if not rows and found is was and not was.positions:
-                self._remembered.move_to_end(user_id)
+                if look.settled - was.since > MOST_BEHIND:
+                    self._remember(user_id, _Remembered(was.history, look.settled, frozenset()))
+                else:
+                    self._remembered.move_to_end(user_id)
                 return was.history
             fresh = [row for row in rows if row.mark >= found.since and row.position not in found.positions]
             history = self._builder.extended(found.history, fresh) if fresh else found.history

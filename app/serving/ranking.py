@@ -23,7 +23,8 @@ QUICK_SECONDS = 0.002
 QUICK_CATALOG = 50_000
 QUICK_CHANGES = 100
 QUICK_UNSEEN = 1_000
-# So many answers are kept with a history: together they take up to 7 KB of it.
+# So many answers are kept with a history, and none with more JSON: in memory each takes 4 to 9 KB.
+MOST_KEPT_BYTES = 4_096
 KEPT_ANSWERS = 2
 
 _LIST_GONE = "what this list was made from is gone: ask again without the cursor"
@@ -84,17 +85,17 @@ class Ranker:
         revision, active = self._catalog.revision, self._active_models.current
         states = [State(user_id, active, history) for user_id, history in users]
         may_be_kept, filters = self._lists.may_be_kept(query), query.as_logged()
-        bodies = []
+        answers = []  # none is logged before all are there: if one fails, all are made again
         for state, ranked in zip(states, self._ranked(states, query, None), strict=True):
             ranking = self._ranking(state, query, None, ranked, ())
             answer = Answer.of(ranking, self._policy(ranking), filters)
-            if ranked.active is not None and may_be_kept:
+            if ranked.active is not None and may_be_kept and len(answer.middle) <= MOST_KEPT_BYTES:
                 kept = state.history.kept
                 if len(kept) >= KEPT_ANSWERS:
                     kept.clear()
                 kept.append(Kept(query, ranked.active.version, revision, answer))
-            bodies.append(self._sent(answer, new_id()))
-        return bodies
+            answers.append(answer)
+        return [self._sent(answer, new_id()) for answer in answers]
 
     def answer(self, user_id: str, query: Query, history: History | None) -> bytes:
         """Rank for a user, known or not; the answer as JSON.

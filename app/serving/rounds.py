@@ -51,13 +51,20 @@ class Rounds:
         for asked in round_:
             by_query.setdefault(asked.query, []).append(asked)
         for query, group in by_query.items():
-            try:
-                bodies = self._ranker.answer_together([(asked.user_id, asked.history) for asked in group], query)
-            except Exception as error:  # for each of them to report
+            self._answer(group, query)
+
+    def _answer(self, group: list[_Asked], query: Query) -> None:
+        group = [asked for asked in group if not asked.answer.done()]  # the others went away
+        if not group:
+            return
+        try:
+            bodies = self._ranker.answer_together([(asked.user_id, asked.history) for asked in group], query)
+        except Exception as error:
+            if len(group) == 1:
+                group[0].answer.set_exception(error)
+            else:  # one user's failure is not the others'
                 for asked in group:
-                    if not asked.answer.done():
-                        asked.answer.set_exception(error)
-                continue
-            for asked, body in zip(group, bodies, strict=True):
-                if not asked.answer.done():  # who asked went away
-                    asked.answer.set_result(body)
+                    self._answer([asked], query)
+            return
+        for asked, body in zip(group, bodies, strict=True):
+            asked.answer.set_result(body)

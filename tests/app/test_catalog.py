@@ -1,5 +1,6 @@
 """The catalogue in memory follows the order of the commits, whatever the clocks of those who write say."""
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
@@ -62,6 +63,33 @@ def test_numbers_are_committed_in_their_order(postgresql_url: str) -> None:
         numbers = {row.item_id: row.change for row in connection.execute(sa.select(items))}
     assert set(catalog.entries) == {"a", "b", "c"}
     assert numbers == {"a": 1, "b": 1, "c": 2}  # one a transaction
+    postgresql.dispose()
+
+
+def test_a_change_of_an_item_waits_for_its_number_before_its_row(postgresql_url: str) -> None:
+    """Else one that holds the number and wants the row would wait for it in turn."""
+    postgresql = create_engine(postgresql_url)
+    with writing(postgresql) as connection:
+        merge(connection, "item", [{"item_id": "a"}])
+
+    def change() -> None:
+        with writing(postgresql) as second:
+            merge(second, "item", [{"item_id": "a", "title": "second"}])
+
+    mine = "FROM pg_stat_activity WHERE datname = current_database()"
+    waiting = sa.text(f"SELECT count(*) {mine} AND wait_event_type = 'Lock'")
+    with ThreadPoolExecutor() as pool:
+        with writing(postgresql) as first:
+            merge(first, "item", [{"item_id": "b"}])
+            changed = pool.submit(change)
+            with postgresql.connect() as connection:
+                while not connection.execute(waiting).scalar_one():
+                    assert not changed.done()
+                    connection.rollback()  # statistics are as of the transaction's begin
+            merge(first, "item", [{"item_id": "a", "title": "first"}])
+        changed.result()
+    with reading(postgresql) as connection:
+        assert connection.execute(sa.select(items.c.title).where(items.c.item_id == "a")).scalar_one() == "second"
     postgresql.dispose()
 
 

@@ -12,7 +12,7 @@ from sqlalchemy.engine import Connection, Engine
 
 from app.database import create_engine, writing
 from app.erasure import erase
-from app.serving import history_readers
+from app.serving import histories, history_readers
 from app.serving.catalog import Catalog
 from app.serving.event_store import store_events
 from app.serving.histories import Histories
@@ -181,6 +181,30 @@ def test_memory_is_bounded(engine: Engine, workers: list[Worker]) -> None:
     store(engine, *[event(f"user-{n}", n) for n in range(10)])
     check(engine, small, *[f"user-{n}" for n in range(10)])
     assert sum(small.histories.remembered(f"user-{n}") is not None for n in range(10)) == 2
+
+
+def test_who_was_away_for_long_is_remembered_as_of_now(
+    engine: Engine, workers: list[Worker], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A look that goes far back takes long; one is enough."""
+    monkeypatch.setattr(histories, "MOST_BEHIND", 3)
+    worker, looks = workers[0], []
+    store(engine, event("anna", 1))
+    (first,) = worker.read("anna")
+    for number in range(2, 12):
+        store(engine, event("ben", number))
+    look = histories.Histories._look
+
+    def noticed(self: Any, asked: Any) -> Any:
+        looks.append(asked)
+        return look(self, asked)
+
+    monkeypatch.setattr(histories.Histories, "_look", noticed)
+    assert worker.read("anna")[0] is worker.read("anna")[0] is first
+    (((_, before),), ((_, after),)) = looks
+    assert after > before + 3
+    store(engine, event("anna", 20))
+    check(engine, worker, "anna", "ben")
 
 
 @pytest.mark.parametrize("behind", [0, 1, 2, history_readers.MOST_BLOCKS, 10 * history_readers.MOST_BLOCKS])

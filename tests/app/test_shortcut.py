@@ -1,17 +1,23 @@
 """The short way answers as the long way does, or leaves the answer to it."""
 
+import asyncio
 import json
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any
 
 import pytest
+import sqlalchemy as sa
 from fastapi.testclient import TestClient
 from sqlalchemy.engine import Engine
 
 from app.main import create_app
 from app.security import create_key
+from app.serving.query import Query
+from app.serving.ranked_lists import State
+from app.serving.ranking import Ranker
 from app.settings import Settings
+from app.tables import recommendation_log
 
 ITEMS = [f"item-{number:02}" for number in range(40)]
 
@@ -118,6 +124,27 @@ def test_the_next_answer_knows_what_just_happened(shop: TestClient, engine: Engi
     answer = shop.get("/users/anna/recommendations?k=2").json()
     assert answer["model_version"] == "v2"
     assert version.num_items == len(ITEMS)
+
+
+def test_one_users_failure_is_not_the_others(shop: TestClient, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    service, ranking = shop.app.state.service, Ranker._ranking  # type: ignore[attr-defined]
+
+    def failing(ranker: Ranker, state: State, *others: Any) -> Any:
+        if state.user_id == "ben":
+            raise ValueError("ben")
+        return ranking(ranker, state, *others)
+
+    async def together() -> list[Any]:
+        answers = [service.rounds.answer(user_id, Query(k=3)) for user_id in ("anna", "ben", "carl")]
+        return await asyncio.gather(*answers, return_exceptions=True)
+
+    monkeypatch.setattr(Ranker, "_ranking", failing)
+    assert shop.portal is not None
+    assert [type(answer) for answer in shop.portal.call(together)] == [bytes, ValueError, bytes]
+    service.recommendation_log.stop()
+    with engine.connect() as connection:
+        logged = connection.execute(sa.select(recommendation_log.c.user_id)).scalars().all()
+    assert sorted(logged) == ["anna", "carl"]  # each once
 
 
 def test_it_is_counted_under_its_route(shop: TestClient, engine: Engine) -> None:
