@@ -190,8 +190,8 @@ class Cores:
         return cls(available[0], available[1]) if len(available) > 1 else cls(None, None)
 
 
-def measure_limits(world: World, minutes: float, cores: Cores, folder: Path) -> None:
-    """Evenness, swaps, agreement, start, memory and a long mixed load."""
+def measure_limits(world: World, cores: Cores, folder: Path) -> None:
+    """Evenness, swaps, agreement and start."""
     users = world.chance.permutation(world.num_users)[:1_500]
     gets = world.gets(users)
     run(load.closed(world.server.port, gets, CONNECTIONS))
@@ -208,13 +208,17 @@ def measure_limits(world: World, minutes: float, cores: Cores, folder: Path) -> 
         show(f"swaps_p99_ratio_{world.name}", found["p99_ratio"], must=2, reach=2, digits=2)
         wrong = serving_limits.disagreements((world.server.port, second.port), world)
         show(f"two_workers_disagree_{world.name}", wrong, must=0, reach=0, digits=0)
-    mixed = serving_limits.mixed_load(world, world.server, minutes)
-    show(f"mixed_memory_growth_{world.name}", mixed["growth"], must=1.03, reach=1.03)
-    show(f"resident_mib_{world.name}", mixed["resident_mib"], must=600, reach=600, digits=0)
     engine.dispose()
 
 
-PARTS = ("gets", "neumf", "posts", "limits")
+def measure_mixed_load(world: World, minutes: float, rate: float | None) -> None:
+    """Whether memory stays flat, and what a worker takes."""
+    mixed = serving_limits.mixed_load(world, world.server, minutes, rate)
+    show(f"mixed_memory_growth_{world.name}", mixed["growth"], must=1.03, reach=1.03)
+    show(f"resident_mib_{world.name}", mixed["resident_mib"], must=600, reach=600, digits=0)
+
+
+PARTS = ("gets", "neumf", "posts", "limits", "mixed")
 
 
 def main() -> None:
@@ -224,6 +228,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--users", type=int, default=NUM_USERS)
     parser.add_argument("--minutes", type=float, default=1.0, help="of mixed load")
+    parser.add_argument("--rate", type=float, help="requests a second of the mixed load; as many as go where left out")
     options = parser.parse_args()
     cores = Cores.of_this_machine()
     if cores.load is not None:
@@ -250,7 +255,9 @@ def main() -> None:
             if "posts" in parts:
                 measure_posts(world, yardstick, options.rounds)
             if "limits" in parts:
-                measure_limits(world, options.minutes, cores, folder)
+                measure_limits(world, cores, folder)
+            if "mixed" in parts:
+                measure_mixed_load(world, options.minutes, options.rate)
             if "neumf" in parts:
                 served.make_active(engine, "v-neumf")
                 time.sleep(3)  # longer than a process takes to follow

@@ -112,7 +112,7 @@ def disagreements(ports: tuple[int, int], world: Any) -> int:
     return uvloop.run(ask())
 
 
-def mixed_load(world: Any, server: Server, minutes: float) -> dict[str, float]:
+def mixed_load(world: Any, server: Server, minutes: float, rate: float | None) -> dict[str, float]:
     """Reads and writes side by side; resident memory after a fifth of the time, and at the end."""
     seconds = minutes * 60
     users = world.chance.permutation(world.num_users)
@@ -129,7 +129,11 @@ def mixed_load(world: Any, server: Server, minutes: float) -> dict[str, float]:
     sizes: list[float] = []
 
     async def run() -> load.Result:
-        going = asyncio.ensure_future(load.closed(server.port, requests(), 16, seconds=seconds))
+        if rate is None:
+            answers = load.closed(server.port, requests(), 16, seconds=seconds)
+        else:
+            answers = load.held(server.port, requests(), rate, seconds)
+        going = asyncio.ensure_future(answers)
         while not going.done():
             await asyncio.sleep(seconds / 100)
             sizes.append(server.resident_mib())
