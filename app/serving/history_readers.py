@@ -121,7 +121,7 @@ _SQLITE_ALL = f"""
         json_group_array(occurred_at), {{values}}
     FROM events WHERE position IN (SELECT position FROM events WHERE user_id = ?1 LIMIT {MOST_EVENTS + 1})
     AND (SELECT count(*) FROM (SELECT 1 FROM events WHERE user_id = ?1 LIMIT {MOST_EVENTS + 1})) <= {MOST_EVENTS}
-"""  # noqa: S608
+"""  # noqa: S608 - our own names
 _SQLITE_ANY = "SELECT 1 FROM events WHERE user_id = ? LIMIT 1"
 _SQLITE_VALUES = "json_group_array(iif(value IS NULL, NULL, printf('%!.17g', value)))"
 _SQLITE_WHOLE = (
@@ -221,13 +221,13 @@ _POSTGRESQL_ALL = f"""
             WHERE events.user_id = asked.user_id LIMIT {MOST_EVENTS + 1}
         ) AS own
     ) AS their
-"""  # noqa: S608
+"""  # noqa: S608 - our own names
 _POSTGRESQL_EPOCH = 946_684_800_000_000  # microseconds from 1970 to its own beginning of time, 2000
 _POSTGRESQL_SETTLED = "SELECT pg_snapshot_xmin(pg_current_snapshot())::text::bigint"
 _POSTGRESQL_WHOLE = f"""
     SELECT transaction_id, position, event_id, item_id, type, value, retracts, {_MICROSECONDS} FROM events
     WHERE user_id = %s ORDER BY occurred_at, position
-"""  # noqa: S608
+"""  # noqa: S608 - our own names
 # The plan never changes: two steps down an index for each user, whatever the statistics say.
 _SETTINGS = ("jit = off", "plan_cache_mode = force_generic_plan", "enable_seqscan = off", "enable_bitmapscan = off")
 

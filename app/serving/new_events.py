@@ -76,7 +76,7 @@ def _insert_on_sqlite(connection: Connection, columns: Columns, received_at: dat
     columns["received_at"] = [_written(received_at)] * len(columns["user_id"])
     rows = list(zip(*columns.values(), strict=True))
     places = ", ".join("?" * len(columns))
-    insert = f"INSERT INTO events ({', '.join(columns)}) VALUES ({places}) {_ON_CONFLICT}"  # noqa: S608
+    insert = f"INSERT INTO events ({', '.join(columns)}) VALUES ({places}) {_ON_CONFLICT}"  # noqa: S608 - our own names
     before = connection.exec_driver_sql("SELECT max(position) FROM events").scalar() or 0
     if connection.exec_driver_sql(insert, rows).rowcount == len(rows):
         return None
@@ -97,7 +97,7 @@ def _insert_on_postgresql(connection: Connection, columns: Columns, received_at:
         ), counted AS (SELECT count(*) AS rows FROM inserted)
         SELECT rows, NULL, NULL FROM counted
         UNION ALL SELECT rows, user_id, event_id FROM inserted, counted WHERE rows < %s
-    """  # noqa: S608
+    """  # noqa: S608 - our own names
     expected = len(columns["user_id"])
     parameters = (received_at, *(_array(column) for column in columns.values()), expected)
     (rows, *_), *inserted = connection.exec_driver_sql(statement, parameters).all()
@@ -108,7 +108,7 @@ def _array(values: Sequence[str | float | None]) -> str:
     """An array as PostgreSQL reads it."""
     if isinstance(values[0], str) and None not in values:
         # Most texts hold nothing that is written otherwise, which one look at all of them tells.
-        joined = '","'.join(values)  # type: ignore[arg-type]
+        joined = '","'.join(values)  # type: ignore[arg-type]  # all texts: the column is of one kind
         if "\\" not in joined and joined.count('"') == 2 * (len(values) - 1):
             return f'{{"{joined}"}}'
     return "{" + ",".join(map(_quoted, values)) + "}"
