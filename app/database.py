@@ -108,6 +108,17 @@ def writing(engine: Engine) -> Iterator[Connection]:
         yield connection
 
 
+def driver_connection(engine: Engine) -> Any:
+    """A connection of the driver's own, made as the engine makes them, that does not return to the pool."""
+    try:
+        pooled = engine.raw_connection()
+    except engine.dialect.loaded_dbapi.Error as error:
+        raise OperationalError("connect", None, error) from error
+    connection = pooled.driver_connection
+    pooled.detach()
+    return connection
+
+
 class KeptWriter:
     """Write transactions one after another on one thread, as `writing` makes them.
 

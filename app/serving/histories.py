@@ -17,7 +17,8 @@ from app.database import is_outage, reading
 from app.erasure import subject_sha256
 from app.serving.catalog import Catalog
 from app.serving.history import History, HistoryBuilder
-from app.serving.history_readers import Asked, HistoryReader, Look, open_reader, read_whole
+from app.serving.history_readers import open_reader, read_whole
+from app.serving.looks import Asked, HistoryReader, Look
 from ml.snapshots import EventMeaning
 
 log = structlog.get_logger(__name__)
@@ -226,11 +227,9 @@ class Histories:
         history = None if events is None else self._builder.of_events(events)
         if events is None or history is None:
             return None
-        late = zip(events.marks, events.positions, strict=True)
-        positions = frozenset(position for mark, position in late if mark >= look.settled)
         with self._lock:
             if self._forgotten == forgotten:
-                self._remember(user_id, _Remembered(history, look.settled, positions))
+                self._remember(user_id, _Remembered(history, look.settled, events.late))
         return history
 
     def _brought_up(self, user_id: str, was: _Remembered, look: Look) -> History | None:

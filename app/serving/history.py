@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from app.serving.history_readers import Events, Row, Whole
+from app.serving.looks import Events, Row, Whole
 from ml.snapshots import RETRACT, EventMeaning, meaning_of
 
 Numbers = npt.NDArray[np.int32]
@@ -120,42 +120,44 @@ class HistoryBuilder:
             if type_ != RETRACT and event_id not in taken_back
         ]
         item_ids, types, values = _picked(whole.item_ids, kept), _picked(whole.types, kept), _picked(whole.values, kept)
-        return self._built(item_ids, types, values, np.array(whole.occurred_at, np.int64)[kept], whole.positions)
+        return self._built(
+            item_ids, types, values, np.array(whole.occurred_at, np.int64)[kept], max(whole.positions, default=0)
+        )
 
     def of_events(self, events: Events) -> History | None:
         """The history of all events of a user; None where one takes another back."""
         if RETRACT in events.types:
             return None
-        item_ids, types, values, times = events.item_ids, events.types, events.values, events.occurred_at
-        if not (times[1:] > times[:-1]).all():
-            order = np.lexsort((np.array(events.positions), times)).tolist()
-            item_ids, types, values = _picked(item_ids, order), _picked(types, order), _picked(values, order)
-            times = times[order]
-        return self._built(item_ids, types, values, times, events.positions)
+        return self._built(events.item_ids, events.types, events.values, events.occurred_at, events.through)
 
     def _built(
         self,
         item_ids: Sequence[str],
         types: Sequence[str],
-        values: Sequence[float | None],
+        values: Sequence[float | None] | None,
         times: Times,
-        positions: Sequence[int],
+        through: int,
     ) -> History:
-        if not len(positions):
+        """`values` may be left out where no meaning asks for them."""
+        if not through:
             return History(self._items)
-        through, numbers = max(positions), self._items.numbers(item_ids)
+        numbers = self._items.numbers(item_ids)
         left_out, kept_out = numbers, _NO_NUMBERS
         meanings = {type_: self._meaning(type_) for type_ in set(types)}
         if not all(
             meaning.excludes and meaning.in_history and meaning.minimum_value is None for meaning in meanings.values()
         ):
-            pairs = [(meanings[type_], value) for type_, value in zip(types, values, strict=True)]
-            excludes = np.array([meaning.excludes for meaning, _ in pairs], np.bool_)
-            counts = np.array([meaning.is_interaction(value) for meaning, value in pairs], np.bool_)
+            excludes = np.array([meanings[type_].excludes for type_ in types], np.bool_)
+            if values is None:
+                counts = np.array([meanings[type_].in_history for type_ in types], np.bool_)
+            else:
+                pairs = zip(types, values, strict=True)
+                counts = np.array([meanings[type_].is_interaction(value) for type_, value in pairs], np.bool_)
             left_out, kept_out = numbers[excludes], np.unique(numbers[excludes & ~counts])
             numbers, times = numbers[counts], times[counts]
-        if len(set(left_out.tolist())) < len(left_out):
-            left_out = np.unique(left_out)
+        in_order = np.sort(left_out)
+        if (in_order[1:] == in_order[:-1]).any():
+            left_out = np.unique(in_order)
         return History(
             self._items,
             numbers[-self._max_history :],

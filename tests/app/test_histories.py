@@ -12,7 +12,7 @@ from sqlalchemy.engine import Connection, Engine
 
 from app.database import create_engine, writing
 from app.erasure import erase
-from app.serving import histories, history_readers
+from app.serving import histories, history_readers, sqlite_reader
 from app.serving.catalog import Catalog
 from app.serving.event_store import store_events
 from app.serving.histories import Histories
@@ -207,7 +207,7 @@ def test_who_was_away_for_long_is_remembered_as_of_now(
     check(engine, worker, "anna", "ben")
 
 
-@pytest.mark.parametrize("behind", [0, 1, 2, history_readers.MOST_BLOCKS, 10 * history_readers.MOST_BLOCKS])
+@pytest.mark.parametrize("behind", [0, 1, 2, sqlite_reader.MOST_BLOCKS, 10 * sqlite_reader.MOST_BLOCKS])
 def test_what_is_newer_is_found_across_blocks(sqlite_url: str, behind: int) -> None:
     """On SQLite a look goes through blocks of positions, or past them where they are many."""
     engine = create_engine(sqlite_url)
