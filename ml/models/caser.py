@@ -66,12 +66,12 @@ class Caser(RankingModel):
         self.item_bias = embedding(num_items, 1, 0.0) if has_bias else None
         # A horizontal filter of height h sees h neighbouring items whole: a linear layer over h * width numbers.
         self.horizontal = nn.ModuleList(
-            nn.Linear(height * width, config.horizontal_filters) for height in range(1, length + 1)
+            _linear(height * width, config.horizontal_filters) for height in range(1, length + 1)
         )
         # A vertical filter weighs the window's positions, alike for every number of an embedding.
-        self.vertical = nn.Linear(length, config.vertical_filters)
-        self.fused = nn.Linear(length * config.horizontal_filters + config.vertical_filters * width, width)
-        self.projection = nn.Linear(width, width) if config.shared_items else None
+        self.vertical = _linear(length, config.vertical_filters)
+        self.fused = _linear(length * config.horizontal_filters + config.vertical_filters * width, width)
+        self.projection = _linear(width, width) if config.shared_items else None
         self.straight = nn.Linear(length, 1, bias=False) if config.shared_items else None
         if self.straight is not None:
             nn.init.constant_(self.straight.weight, 1 / length)
@@ -146,3 +146,14 @@ class Caser(RankingModel):
         ]
         sums = (flat @ torch.cat(placed).T).view(len(flat), len(placed), self.config.horizontal_filters)
         return torch.split_with_sizes(sums, list(range(length, 0, -1)), 1)
+
+
+def _linear(inputs: int, outputs: int) -> nn.Linear:
+    """A layer without bias at first.
+
+    Embeddings start so small that a random bias would decide alone which filters and units are at rest, for every
+    window alike; those learn nothing until the embeddings have outgrown it.
+    """
+    layer = nn.Linear(inputs, outputs)
+    nn.init.zeros_(layer.bias)
+    return layer

@@ -171,6 +171,20 @@ def test_caser_is_the_convolutions_of_the_paper(is_shared: bool) -> None:
     assert model(tensor([user]), window, tensor([[item]])).item() == pytest.approx(expected.item(), abs=1e-3)
 
 
+def test_caser_starts_with_every_filter_and_unit_at_work() -> None:
+    torch.manual_seed(0)
+    model = Caser(2, 500, CaserConfig())
+    at_work: dict[str, Tensor] = {}
+    for name, layer in [*((f"filters {h}", layer) for h, layer in enumerate(model.horizontal)), ("fused", model.fused)]:
+        bias = layer.get_parameter("bias")
+        bias.register_hook(lambda gradient, name=name: at_work.__setitem__(name, gradient != 0))
+    model(
+        torch.zeros(400, dtype=torch.int64), torch.randint(500, (400, 5)), torch.randint(500, (400, 1))
+    ).sum().backward()
+    assert len(at_work) == 6
+    assert all(bool(working.all()) for working in at_work.values())
+
+
 @pytest.mark.parametrize("length", [1, 2, 7])
 def test_caser_sums_its_filters_alike_in_training_and_ranking(length: int) -> None:
     model = Caser(3, 9, CaserConfig(factors=4, window_length=length, horizontal_filters=3)).eval()
