@@ -1,5 +1,6 @@
 """The application: `create_app(settings)` puts it together, and nothing else happens here."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -30,7 +31,10 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
         torch.set_num_threads(1)  # several requests rank side by side; each on one core
         await run_in_threadpool(service.start)
+        warming = asyncio.create_task(service.warming.run())
         yield
+        warming.cancel()
+        await asyncio.gather(warming, return_exceptions=True)
         service.histories.close()
         await run_in_threadpool(service.stop)
 

@@ -4,7 +4,7 @@ import asyncio
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Coroutine, Iterable, Mapping
+from collections.abc import Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, TypeAlias
@@ -101,6 +101,26 @@ class Histories:
         """What was last read for this user, or None."""
         found = self._remembered.get(user_id)
         return found.history if found is not None else None
+
+    @property
+    def is_asked(self) -> bool:
+        """Whether anyone waits for a history."""
+        return self._asking
+
+    async def read_ahead(self, user_ids: Sequence[str]) -> int | None:
+        """Read histories that are not remembered before anyone asks; how many there were, or None without room for all.
+
+        They make room before those that were asked for.
+        """
+        if len(self._remembered) + len(user_ids) > self._capacity or self._size >= REMEMBERED_NUMBERS:
+            return None
+        new = [user_id for user_id in user_ids if user_id not in self._remembered]
+        await asyncio.gather(*[self.read(user_id) for user_id in new])
+        with self._lock:
+            for user_id in new:
+                if user_id in self._remembered:
+                    self._remembered.move_to_end(user_id, last=False)
+        return len(new)
 
     def forget_erased(self) -> None:
         """Drop what the catalogue has heard was erased since the last call."""

@@ -47,10 +47,10 @@ class ItemNumbers:
         return self._numbers.get(item_id, -1)
 
     def numbers(self, item_ids: Sequence[str]) -> Numbers:
-        found = list(map(self._numbers.get, item_ids))
-        if None in found:
-            return np.fromiter(map(self.number, item_ids), np.int32)
-        return np.array(found, np.int32)
+        try:
+            return np.fromiter(map(self._numbers.__getitem__, item_ids), np.int32, len(item_ids))
+        except KeyError:
+            return np.fromiter(map(self.number, item_ids), np.int32, len(item_ids))
 
 
 _NO_NUMBERS: Numbers = np.zeros(0, np.int32)

@@ -32,6 +32,7 @@ from app.serving.resurfacing import Resurfacing
 from app.serving.rounds import Rounds
 from app.serving.sessions import Sessions
 from app.serving.similar import SimilarItems
+from app.serving.warming import Warming
 from app.settings import Settings
 from app.telemetry import Metrics
 from ml.prepared import WAYS
@@ -65,6 +66,7 @@ class Service:
     cursors: Cursors
     ranker: Ranker
     rounds: Rounds
+    warming: Warming = field(init=False)
     database_answers: bool = False
     migrated: bool = False
     # Query strings of requests for recommendations that were valid, as what they ask for.
@@ -72,6 +74,14 @@ class Service:
     _stopping: threading.Event = field(default_factory=threading.Event)
     _poll_lock: threading.Lock = field(default_factory=threading.Lock)
     _follower: threading.Thread | None = None
+
+    def __post_init__(self) -> None:
+        self.warming = Warming(
+            self.engine,
+            self.histories,
+            is_ready=lambda: self.ready,
+            is_asked=lambda: self.histories.is_asked or len(self.feedback_writer) > 0,
+        )
 
     @property
     def ready(self) -> bool:
