@@ -61,10 +61,10 @@ def _check_number(key: str, value: Any) -> None:
 class Recipe:
     """How a model is made and trained.
 
-    `negatives` sampled items an example, `shared_negatives` one draw for the whole batch; "hard" and "semi_hard"
-    choose them from `pool` uniform ones by the model's own scores. `targets` items after a window are learnt at once,
-    against the same samples; without a window, that many of a user's items. `batch_size` counts targets. An epoch
-    shows each item as a target once.
+    `negatives` sampled items an example, `shared_negatives` one draw for the whole batch, which is the catalogue itself
+    where that is no larger; "hard" and "semi_hard" choose them from `pool` uniform ones by the model's own scores.
+    `targets` items after a window are learnt at once, against the same samples; without a window, that many of a
+    user's items. `batch_size` counts targets. An epoch shows each item as a target once.
     An example that n of its user's are newer than weighs (1 + n) ** -recency, where the data are in order; one of m
     examples of its user weighs m ** -user_balance.
     With the "cosine" schedule the learning rate falls to nothing over all `epochs`.
@@ -185,17 +185,18 @@ RECIPES: dict[str, Recipe] = {
         epochs=20,
         patience=5,
     ),
-    # For many interactions an item: wider vectors, more of which are dropped, against more samples.
+    # For many interactions an item: wider vectors, more of which are dropped, against all items of a small catalogue.
     "caser-large": Recipe(
         name="caser-large",
         model="caser",
         config=CaserConfig(factors=128, embedding_dropout=0.5, unknown_user_share=0.2),
-        negatives=2048,
+        negatives=4096,
         shared_negatives=True,
         recency=0.3,
         learning_rate=0.005,
         schedule="cosine",
         batch_size=1024,
+        precision="bfloat16",
         epochs=8,
     ),
     # As the seed texts set the two models up; hinge by overriding the loss.

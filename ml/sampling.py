@@ -125,8 +125,14 @@ class NegativeSampler:
         return Negatives(items, ~seen)
 
     def sample_shared(self, users: Tensor, number: int, generator: torch.Generator) -> Negatives:
-        """Draw `number` items once for the whole batch; each user's seen ones are marked invalid for that user."""
-        items = self.draw((number,), generator)
+        """Draw `number` items once for the whole batch; each user's seen ones are marked invalid for that user.
+
+        As many as the catalogue holds, or more, are the catalogue, each item once, unless popular ones come more often.
+        """
+        if number >= self.num_items and self._cumulative is None:
+            items = torch.arange(self.num_items, device=generator.device)
+        else:
+            items = self.draw((number,), generator)
         return Negatives(items, ~self.seen.contains(users, items))
 
 

@@ -40,12 +40,21 @@ def test_a_seen_item_is_never_a_negative(distribution: str, is_shared: bool) -> 
     pairs = set(zip(USERS.tolist(), ITEMS.tolist(), strict=True))
     for _ in range(50):
         negatives = (sampler.sample_shared if is_shared else sampler.sample)(users, 20, draws)
-        items = negatives.items.expand(4, 20)
+        items = negatives.items.expand(4, -1)
         for row, user in enumerate(users.tolist()):
             kept = items[row][negatives.valid[row]].tolist()
             assert not any((user, item) in pairs for item in kept)
         assert not negatives.valid[2].any()
         assert negatives.valid[3].all()
+
+
+def test_a_shared_draw_as_large_as_the_catalogue_is_the_catalogue() -> None:
+    sampler = NegativeSampler(USERS, ITEMS, NUM_USERS, NUM_ITEMS)
+    for number in (NUM_ITEMS, 10 * NUM_ITEMS):
+        negatives = sampler.sample_shared(tensor([0, 1]), number, generator())
+        assert negatives.items.tolist() == list(range(NUM_ITEMS))
+        assert torch.equal(negatives.valid, ~sampler.seen.contains(tensor([0, 1]), negatives.items))
+    assert len(sampler.sample_shared(tensor([0]), NUM_ITEMS - 1, generator()).items) == NUM_ITEMS - 1
 
 
 def test_uniform_samples_reach_every_unseen_item_alike() -> None:
