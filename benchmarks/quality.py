@@ -126,8 +126,8 @@ def code_fingerprint(recipe: str) -> str:
     with tempfile.TemporaryDirectory() as name:
         lines = []
         for user in range(120):
-            first, length = chosen.integers(60), chosen.integers(8, 30)
-            items = (first + np.cumsum(chosen.integers(1, 4, length))) % 60
+            first, length = chosen.integers(1_000), chosen.integers(8, 30)
+            items = (first + np.cumsum(chosen.integers(1, 4, length))) % 1_000
             lines.append(" ".join(map(str, [f"u{user}", *(f"i{item}" for item in items)])))
         (Path(name) / "sequences.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
         document = experiment(Path(name), recipe, 0, ("epochs=2", "batch_size=64"), is_quiet=True)
