@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from ml.distributed import ALONE, Processes
+from ml.full_ranking import counts_of_ranked, first_items, ranks_of, take_out
 from ml.interactions import Interactions
-from ml.metrics import ABSENT, Floats, Ranks, confidence_intervals, per_user
+from ml.metrics import Floats, Ranks, confidence_intervals, per_user
 from ml.models import Popularity, PopularityConfig
-from ml.recommender import Indices, Recommender, best, windows_from_interactions
+from ml.recommender import Indices, Recommender, windows_from_interactions
 
 CUTOFFS = (5, 10, 20, 50)
 # Scores held at once: 16 MiB of float32 stay near the processor's cache and bound memory at any catalogue.
@@ -119,14 +120,14 @@ def evaluate(
             scores = recommender.scores(asked, windows)
             if not keep_history:
                 seen_rows, seen = _rows_of(history, batch_users)
-                scores[_on(seen_rows, scores), _on(history.item_index[seen], scores)] = _NEVER
+                take_out(scores, seen_rows, history.item_index[seen])
             if left_out is not None:
                 scores.masked_fill_(left_out, _NEVER)
             if negatives:
                 _keep_sampled(scores, rows, pair_item[own], negatives, generator)
-            sizes[batch] = _count(scores > _NEVER).cpu().numpy()
-            ranks[own] = _ranks(scores, rows, pair_item[own])
-            top = best(scores, min(depth, size))[1].cpu().numpy()
+            sizes[batch] = counts_of_ranked(scores)
+            ranks[own] = ranks_of(scores, rows, pair_item[own])
+            top = first_items(scores, min(depth, size))
         for level, k in enumerate(cutoffs):
             chosen = top[:, :k]
             shown[level, chosen[chosen >= 0]] = True
@@ -163,18 +164,15 @@ def _distinct_pairs(interactions: Interactions) -> npt.NDArray[np.int64]:
 
 def _are_among(sorted_numbers: npt.NDArray[np.int64], others: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
     """Tell which of the sorted numbers are among the others, which need no sorting."""
+    # Almost all others are told apart by their last bits.
+    mask = (1 << max(16, (16 * len(sorted_numbers)).bit_length())) - 1
+    marked = np.zeros(mask + 1, np.bool_)
+    marked[sorted_numbers & mask] = True
+    others = others[marked[others & mask]]
     found = np.zeros(len(sorted_numbers) + 1, np.bool_)
     places = np.searchsorted(sorted_numbers, others)
     found[places[np.append(sorted_numbers, -1)[places] == others]] = True
     return found[:-1]
-
-
-def _count(mask: Tensor) -> Tensor:
-    """Count what is true in each row; on a CPU as bits, ten times as fast as summing booleans."""
-    if mask.device.type == "cpu":
-        bits = np.packbits(mask.numpy(), axis=1)
-        return torch.from_numpy(np.bitwise_count(bits).sum(1, dtype=np.int64))
-    return mask.view(torch.uint8).sum(1, dtype=torch.int32).long()
 
 
 def _rows_of(
@@ -185,44 +183,6 @@ def _rows_of(
     lengths = interactions.offsets[users + 1] - starts
     shift = starts - (np.cumsum(lengths) - lengths)
     return np.repeat(np.arange(len(users)), lengths), np.arange(lengths.sum()) + np.repeat(shift, lengths)
-
-
-def _on(indices: npt.NDArray[Any], like: Tensor) -> Tensor:
-    return torch.from_numpy(indices.astype(np.int64)).to(like.device)
-
-
-def _ranks(scores: Tensor, rows: npt.NDArray[np.int64], items: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """Count what stands above each (row, item): higher scores, and equal ones of a lower index; rows are sorted."""
-    row, item = _on(rows, scores), _on(items, scores)
-    own = scores[row, item]
-    if len(rows) == len(scores):  # one target a user, as after leave-one-out: no sorting
-        above, at_least = _count(scores > own.unsqueeze(1)), _count(scores >= own.unsqueeze(1))
-    else:
-        above, at_least = _counts_by_sorting(scores, row, own)
-    tied = torch.nonzero((at_least > above + 1) & (own > _NEVER)).flatten()
-    places = torch.arange(scores.shape[1], device=scores.device)
-    for part in torch.split(tied, len(scores)):
-        same = scores[row[part]] == own[part].unsqueeze(1)
-        above[part] += _count(same & (places < item[part].unsqueeze(1)))
-    above[own == _NEVER] = ABSENT
-    return above.cpu().numpy()
-
-
-def _counts_by_sorting(scores: Tensor, row: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
-    """Count, for several targets a row, the scores above and those not below each.
-
-    Sorting bare values once a row and searching each target in them costs less than a pass for every target.
-    """
-    on_cpu = scores.device.type == "cpu"
-    ascending = torch.from_numpy(np.sort(scores.numpy(), axis=1)) if on_cpu else scores.sort(dim=1)[0]
-    counts = torch.bincount(row, minlength=len(scores))
-    column = torch.arange(len(row), device=row.device) - (counts.cumsum(0) - counts)[row]
-    wanted = scores.new_zeros(len(scores), int(counts.max()))
-    wanted[row, column] = own
-    size = scores.shape[1]
-    above = size - torch.searchsorted(ascending, wanted, right=True)[row, column]
-    at_least = size - torch.searchsorted(ascending, wanted)[row, column]
-    return above, at_least
 
 
 def _keep_sampled(

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ml.models.caser_encoder import CaserEncoder
+from ml.models.linear_at_rest import linear_at_rest
 from ml.models.ranking_model import Dropout, InnerProducts, RankingModel, embedding, negative_distances, pair_scores
 
 # Windows up to this length train with the filters laid out in one product: 16 MiB of weights at 16 filters of width 64.
@@ -85,11 +86,12 @@ class Caser(RankingModel):
         if torch.is_grad_enabled():  # padding must stay zero, so it takes no gradient
             images = images * (windows != self.num_items).unsqueeze(2)
         images = self.embedding_dropout(images)
-        sequence = self._convolve(images)
+        turned = images.transpose(1, 2).contiguous()
+        sequence = self._convolve(images, turned)
         if self.projection is None or self.straight is None:
             return torch.cat((sequence, user_factors), 1)
-        straight = self.straight(images.transpose(1, 2)).squeeze(2)
-        shared: Tensor = self.projection(self.dropout(sequence)) + straight + user_factors
+        straight = _through(self.straight, turned).squeeze(2)
+        shared: Tensor = _through(self.projection, self.dropout(sequence)) + straight + user_factors
         return shared
 
     def score(self, encoded: Tensor, items: Tensor) -> Tensor:
@@ -115,8 +117,8 @@ class Caser(RankingModel):
         vectors: Tensor = table(items)
         return vectors
 
-    def _convolve(self, images: Tensor) -> Tensor:
-        """The sequence vector z, (batch, width), of the windows' embeddings."""
+    def _convolve(self, images: Tensor, turned: Tensor) -> Tensor:
+        """The sequence vector z, (batch, width), of the windows' embeddings; `turned` are (batch, width, length)."""
         # Laid out, filters train faster; their weights grow with the fourth power of the window, and for a few windows
         # laying them out costs more than it saves.
         is_product = torch.is_grad_enabled() and images.shape[1] <= LAID_OUT_LENGTH
@@ -125,14 +127,14 @@ class Caser(RankingModel):
             functional.relu(values.amax(1) + layer.get_parameter("bias"))
             for layer, values in zip(self.horizontal, sums, strict=True)
         ]
-        features.append(self.vertical(images.transpose(1, 2)).flatten(1))
-        return functional.relu(self.fused(self.dropout(torch.cat(features, 1))))
+        features.append(_through(self.vertical, turned).flatten(1))
+        return _through(self.fused, self.dropout(torch.cat(features, 1)), relu=True)
 
     def _filtered(self, images: Tensor) -> list[Tensor]:
         """The filters' sums at every place, for each height (batch, length - height + 1, filters)."""
         flat, width = images.flatten(1), images.shape[2]
         return [
-            functional.linear(flat.unfold(1, height * width, width), layer.get_parameter("weight"))
+            linear_at_rest(flat.unfold(1, height * width, width), layer.get_parameter("weight"))
             for height, layer in enumerate(self.horizontal, start=1)
         ]
 
@@ -157,3 +159,7 @@ def _linear(inputs: int, outputs: int) -> nn.Linear:
     layer = nn.Linear(inputs, outputs)
     nn.init.zeros_(layer.bias)
     return layer
+
+
+def _through(layer: nn.Linear, values: Tensor, *, relu: bool = False) -> Tensor:
+    return linear_at_rest(values, layer.weight, layer.bias, relu=relu)

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ml.models.linear_at_rest import linear_at_rest
 from ml.models.ranking_model import Dropout, RankingModel, embedding, pair_scores
 
-# Numbers of the first layer held at once while the tower ranks the catalogue: about what stays in a core's cache; and
-# scores at once where they are to fill a GPU.
-CPU_BLOCK_NUMBERS = 1 << 17
+# Numbers of the first layer held at once while the tower ranks the catalogue: enough rows for a product at full speed,
+# few enough to stay in a cache; and scores at once where they are to fill a GPU.
+CPU_BLOCK_NUMBERS = 1 << 19
 GPU_BLOCK = 1 << 22
 
 
@@ -130,14 +131,13 @@ class NeuMF(RankingModel):
         item_shares = self.item_share()
         width = len(self.factor_weights)
         factors, user_share = encoded[:, :width], encoded[:, width:]
-        scores = factors @ self.item_factors.weight.T
-        if self.item_bias is not None:
-            scores += self.item_bias.weight.T
+        biases = None if self.item_bias is None else self.item_bias.weight[:, 0]
+        scores = linear_at_rest(factors, self.item_factors.weight, biases)
         widths = self.config.hidden
         block = max(1, CPU_BLOCK_NUMBERS // widths[0] if scores.device.type == "cpu" else GPU_BLOCK)
         wide = min(self.num_items, block)
         step = max(1, block // wide)
-        memory = [scores.new_empty(step * wide * width) for width in widths]
+        memory = scores.new_empty(step * wide * widths[0])
         for first in range(0, self.num_items, wide):
             item_share = item_shares[first : first + wide]
             for row in range(0, len(encoded), step):
@@ -145,16 +145,13 @@ class NeuMF(RankingModel):
                 scores[rows, first : first + wide] += self._resting_tower(user_share[rows], item_share, memory)
         return scores
 
-    def _resting_tower(self, user_share: Tensor, item_share: Tensor, memory: list[Tensor]) -> Tensor:
-        """The same as `_tower` for weights at rest, each layer in memory that is used again."""
+    def _resting_tower(self, user_share: Tensor, item_share: Tensor, memory: Tensor) -> Tensor:
+        """The same as `_tower` for weights at rest; the first layer in memory that is used again."""
         batch, number, width = len(user_share), *item_share.shape
-        sums = memory[0][: batch * number * width].view(batch, number, width)
+        sums = memory[: batch * number * width].view(batch, number, width)
         hidden = torch.add(user_share.unsqueeze(1), item_share, out=sums).relu_().view(-1, width)
-        for layer, kept in zip(self.deeper_layers, memory[1:], strict=True):
-            weight, bias = layer.get_parameter("weight"), layer.get_parameter("bias")
-            below = hidden
-            hidden = kept[: len(below) * len(weight)].view(len(below), len(weight))
-            torch.addmm(bias, below, weight.T, out=hidden).relu_()
+        for layer in self.deeper_layers:
+            hidden = linear_at_rest(hidden, layer.get_parameter("weight"), layer.get_parameter("bias"), relu=True)
         return (hidden @ self.tower_weights).view(batch, number)
 
     # Also reached by eval().

@@ -10,6 +10,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from ml.models.linear_at_rest import linear_at_rest
+
 
 class FewEncoder(Protocol):
     """Encodes a few users (batch,), -1 for one that nobody has seen, and their windows (batch, window_length).
@@ -100,8 +102,7 @@ class RankingModel(nn.Module):
             return self.score(encoded, torch.arange(self.num_items, device=encoded.device))
         if products.is_distance:
             return negative_distances(encoded, products.vectors)
-        scores = pair_scores(encoded, products.vectors)
-        return scores if products.biases is None else scores.add_(products.biases)
+        return linear_at_rest(encoded, products.vectors, products.biases)
 
     def few_encoder(self) -> FewEncoder | None:
         """Something faster than `encode` for a few users at a time, once the weights rest; None if there is nothing."""

@@ -1,0 +1,24 @@
+import pytest
+import torch
+from torch.nn import functional
+
+from ml.models.linear_at_rest import linear_at_rest
+
+
+@pytest.mark.parametrize("rows", [0, 3, 200])
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("biased", [False, True])
+def test_is_the_linear_layer(rows: int, relu: bool, biased: bool) -> None:
+    torch.manual_seed(0)
+    values, weight = torch.randn(rows, 5, 24)[:, :, ::2], torch.randn(12, 14, requires_grad=True).T[::2]
+    bias = torch.randn(14, requires_grad=True)[::2] if biased else None
+    expected = functional.linear(values, weight, bias)
+    expected = expected.relu() if relu else expected
+    with torch.inference_mode():
+        torch.testing.assert_close(linear_at_rest(values, weight, bias, relu=relu), expected.detach())
+
+
+def test_keeps_gradients_where_they_are_wanted() -> None:
+    weight = torch.randn(7, 12, requires_grad=True)
+    linear_at_rest(torch.randn(100, 12), weight, relu=True).sum().backward()
+    assert weight.grad is not None
