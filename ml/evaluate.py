@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -11,33 +10,17 @@ from torch import Tensor
 
 from ml.distributed import ALONE, Processes
 from ml.full_ranking import counts_of_ranked, first_items, ranks_of, take_out
+from ml.held_out import batches, held_out
 from ml.interactions import Interactions
-from ml.metrics import Floats, Ranks, confidence_intervals, per_user
+from ml.metrics import ABSENT, Floats, Ranks, confidence_intervals, per_user
 from ml.models import Popularity, PopularityConfig
-from ml.recommender import Indices, Recommender, windows_from_interactions
+from ml.quick_look import users_within_reach
+from ml.recommender import Ranker, Recommender
 
 CUTOFFS = (5, 10, 20, 50)
 # Scores held at once: 16 MiB of float32 stay near the processor's cache and bound memory at any catalogue.
 _BATCH_SCORES = 1 << 22
 _NEVER = float("-inf")
-
-
-class Ranker(Protocol):
-    """What evaluation asks of a recommender."""
-
-    @property
-    def num_items(self) -> int: ...
-
-    @property
-    def window_length(self) -> int: ...
-
-    @property
-    def folds_in(self) -> bool: ...
-
-    @property
-    def device(self) -> torch.device: ...
-
-    def scores(self, user_index: npt.NDArray[np.int64], windows: Indices) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -74,6 +57,7 @@ def evaluate(
     seed: int = 0,
     known_users: npt.NDArray[np.bool_] | None = None,
     keep_history: bool = False,
+    lists_only: bool = False,
     processes: Processes = ALONE,
 ) -> Evaluation:
     """Rank all items, or `candidates` (num_items,), for each user of `targets`, without the items of their history.
@@ -81,67 +65,60 @@ def evaluate(
     With `negatives`, only that many sampled items a user stand beside the targets. Ties rank the lower index first,
     as the service does. `known_users` (num_users,) are those the weights were trained on: others are ranked as
     strangers where the model folds in and left out where not. ValueError if nothing is left to rank.
+    `lists_only` leaves the metrics that have a cutoff, without coverage: the same figures, but users whose targets turn
+    out to be beyond the last cutoff need few scores.
     Several `processes` each rank for their own users, and all get the figures of all users; sampled negatives are then
     other ones than a single process draws.
     """
-    size = history.num_items
-    pairs = _distinct_pairs(targets)
-    distinct = len(pairs)
-    if not keep_history:
-        pairs = pairs[~_are_among(pairs, _pairs(history))]
-    repeated = distinct - len(pairs)
-    pair_user, pair_item = pairs // max(size, 1), pairs % max(size, 1)
-    users, counts = np.unique(pair_user, return_counts=True)
-    unknown = 0
-    if known_users is not None and not recommender.folds_in:
-        keep = known_users[users]
-        unknown = int((~keep).sum())
-        kept_pairs = np.repeat(keep, counts)
-        users, counts, pair_user, pair_item = users[keep], counts[keep], pair_user[kept_pairs], pair_item[kept_pairs]
-    if processes.sum_number(len(users)) == 0:
+    found = held_out(
+        history,
+        targets,
+        known_users=known_users,
+        strangers=known_users is None or recommender.folds_in,
+        keep_history=keep_history,
+    )
+    if processes.sum_number(len(found.users)) == 0:
         raise ValueError("nothing to evaluate: no user has an interaction held out that they had not seen before")
     if negatives < 0 or any(k < 1 for k in cutoffs):
         raise ValueError("negatives must not be below 0, nor a cutoff below 1")
-    starts = np.concatenate([[0], np.cumsum(counts)])
+    size, depth = history.num_items, max(cutoffs)
     generator = np.random.default_rng(processes.seed(seed))
     left_out = None if candidates is None else torch.from_numpy(~candidates).to(recommender.device)
-    depth = max(cutoffs)
     shown = np.zeros((len(cutoffs), size), np.bool_)
-    ranks, sizes = np.empty(len(pair_user), np.int64), np.empty(len(users), np.int64)
-    step = max(1, _BATCH_SCORES // size)
-    for first in range(0, len(users), step):
-        batch = slice(first, min(first + step, len(users)))
-        batch_users = users[batch]
-        own = slice(starts[batch.start], starts[batch.stop])
-        rows = np.repeat(np.arange(len(batch_users)), counts[batch])
-        asked = batch_users if known_users is None else np.where(known_users[batch_users], batch_users, -1)
-        windows = windows_from_interactions(history, batch_users, recommender.window_length)
+    ranks, sizes = np.full(len(found.items), ABSENT), np.zeros(len(found.users), np.int64)
+    places = np.arange(len(found.users))
+    if lists_only and not negatives:
+        places = users_within_reach(recommender, found, candidates, depth, _BATCH_SCORES)
+    for batch in batches(places, max(1, _BATCH_SCORES // size)):
+        rows, own = found.targets(batch)
         with torch.inference_mode():
-            scores = recommender.scores(asked, windows)
-            if not keep_history:
-                seen_rows, seen = _rows_of(history, batch_users)
-                take_out(scores, seen_rows, history.item_index[seen])
+            encoded = recommender.encode_windows(*found.queries(batch, recommender.window_length))
+            scores = recommender.score_all(encoded)
+            take_out(scores, *found.seen(batch))
             if left_out is not None:
                 scores.masked_fill_(left_out, _NEVER)
             if negatives:
-                _keep_sampled(scores, rows, pair_item[own], negatives, generator)
+                _keep_sampled(scores, rows, found.items[own], negatives, generator)
+            ranks[own] = ranks_of(scores, rows, found.items[own])
+            if lists_only:
+                continue
             sizes[batch] = counts_of_ranked(scores)
-            ranks[own] = ranks_of(scores, rows, pair_item[own])
             top = first_items(scores, min(depth, size))
         for level, k in enumerate(cutoffs):
             chosen = top[:, :k]
             shown[level, chosen[chosen >= 0]] = True
-    if processes.size > 1:
-        # Processes own ascending ranges of users, so that what follows is in the order of users again.
-        users, counts = processes.gather_array(users), processes.gather_array(counts)
-        ranks, sizes = processes.gather_array(ranks), processes.gather_array(sizes)
-        shown = processes.sum_array(shown.astype(np.int32)) > 0
-        repeated, unknown = processes.sum_number(repeated), processes.sum_number(unknown)
+    # Processes own ascending ranges of users, so that everybody's are in the order of users again.
+    users, counts, ranks, sizes = map(processes.gather_array, (found.users, found.counts, ranks, sizes))
     by_user = per_user(Ranks(np.repeat(np.arange(len(users)), counts), ranks, sizes), cutoffs)
+    if lists_only:
+        by_user = {name: values for name, values in by_user.items() if "@" in name}
     metrics = {name: float(values.mean()) for name, values in by_user.items()}
-    catalogue = size if candidates is None else int(candidates.sum())
-    for level, k in enumerate(cutoffs):
-        metrics[f"coverage@{k}"] = float(shown[level].sum() / max(catalogue, 1))
+    if not lists_only:
+        shown = processes.sum_array(shown.astype(np.int32)) > 0
+        catalogue = size if candidates is None else int(candidates.sum())
+        for level, k in enumerate(cutoffs):
+            metrics[f"coverage@{k}"] = float(shown[level].sum() / max(catalogue, 1))
+    repeated, unknown = processes.sum_number(found.repeated), processes.sum_number(found.unknown_users)
     return Evaluation(metrics, by_user, users, len(ranks), repeated, unknown)
 
 
@@ -151,38 +128,6 @@ def popularity_of(train: Interactions, processes: Processes = ALONE) -> Recommen
     model.count(torch.from_numpy(train.item_index.astype(np.int64)))
     model.counts.copy_(processes.sum_tensor(model.counts))
     return Recommender(model, train.users, train.items)
-
-
-def _pairs(interactions: Interactions) -> npt.NDArray[np.int64]:
-    """Each (user, item) pair as one number."""
-    return interactions.user_index.astype(np.int64) * interactions.num_items + interactions.item_index
-
-
-def _distinct_pairs(interactions: Interactions) -> npt.NDArray[np.int64]:
-    return np.unique(_pairs(interactions))
-
-
-def _are_among(sorted_numbers: npt.NDArray[np.int64], others: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
-    """Tell which of the sorted numbers are among the others, which need no sorting."""
-    # Almost all others are told apart by their last bits.
-    mask = (1 << max(16, (16 * len(sorted_numbers)).bit_length())) - 1
-    marked = np.zeros(mask + 1, np.bool_)
-    marked[sorted_numbers & mask] = True
-    others = others[marked[others & mask]]
-    found = np.zeros(len(sorted_numbers) + 1, np.bool_)
-    places = np.searchsorted(sorted_numbers, others)
-    found[places[np.append(sorted_numbers, -1)[places] == others]] = True
-    return found[:-1]
-
-
-def _rows_of(
-    interactions: Interactions, users: npt.NDArray[np.int64]
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """All rows of the users, and for each the place of its user in `users`."""
-    starts = interactions.offsets[users]
-    lengths = interactions.offsets[users + 1] - starts
-    shift = starts - (np.cumsum(lengths) - lengths)
-    return np.repeat(np.arange(len(users)), lengths), np.arange(lengths.sum()) + np.repeat(shift, lengths)
 
 
 def _keep_sampled(

@@ -14,13 +14,13 @@ import typer
 
 from ml import progress
 from ml.distributed import ALONE, Processes, joined, shares
-from ml.evaluate import CUTOFFS, Evaluation, Ranker, evaluate, popularity_of
+from ml.evaluate import CUTOFFS, Evaluation, evaluate, popularity_of
 from ml.importers import Loaded, load, open_source
 from ml.interactions import Interactions
 from ml.metrics import mean_and_std
 from ml.models import MODELS, RankingModel
 from ml.recipes import Recipe, apply_overrides, recipe_named
-from ml.recommender import Recommender
+from ml.recommender import Ranker, Recommender
 from ml.split import Split, split_by_name
 from ml.train import Progress, TrainResult, train
 
@@ -101,11 +101,12 @@ class SplitEvaluator:
         cutoffs: Sequence[int] = CUTOFFS,
         *,
         strangers: bool = True,
+        lists_only: bool = False,
     ) -> Evaluation:
         """Rank for the users of "validation" or "test".
 
         Without `strangers`, users that were not trained on are left out even if the recommender can rank for them: a
-        baseline has to be over the same users as the model that it stands beside.
+        baseline has to be over the same users as the model that it stands beside. `lists_only` as for ml.evaluate.
         """
         targets = self.targets[part]
         if not strangers:
@@ -119,6 +120,7 @@ class SplitEvaluator:
             negatives=self.negatives if negatives is None else negatives,
             seed=self.seed,
             known_users=self.known_users,
+            lists_only=lists_only,
             processes=self.processes,
         )
 
@@ -130,7 +132,7 @@ class SplitEvaluator:
     def stopping_metric(self, model: RankingModel) -> dict[str, float]:
         """Measure a model in training on the validation part, against the whole catalogue."""
         recommender = self.recommender(model)
-        return self.evaluate(recommender, VALIDATION, negatives=0, cutoffs=(10,)).metrics
+        return self.evaluate(recommender, VALIDATION, negatives=0, cutoffs=(10,), lists_only=True).metrics
 
     def _can_validate(self) -> bool:
         train, held = self.split.train, self.split.validation

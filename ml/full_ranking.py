@@ -36,9 +36,14 @@ def counts_of_ranked(scores: Tensor) -> Indices:
 
 
 def ranks_of(scores: Tensor, rows: Indices, items: Indices) -> Indices:
-    """Count what stands above each (row, item): higher scores, and equal ones of a lower index; rows are sorted."""
+    """Count what stands above each (row, item): higher scores, and equal ones of a lower index; rows are sorted.
+
+    ABSENT where the item is not ranked. Raises ScoresNotNumbers.
+    """
     row, item = _on(rows, scores), _on(items, scores)
     own = scores[row, item]
+    if bool(own.isnan().any()):
+        raise ScoresNotNumbers
     if len(rows) == len(scores):  # one target a user, as after leave-one-out: no sorting
         above, at_least = _count(torch.gt, scores, own), _count(torch.ge, scores, own)
     else:

@@ -3,7 +3,7 @@
 import threading
 from collections.abc import Callable, Sequence
 from itertools import chain
-from typing import TypeAlias
+from typing import Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +17,7 @@ from ml.models import RankingModel
 from ml.prepared import MOST_TOGETHER, Prepared, Way
 from ml.screening import AnyIndices, ScoresNotNumbers
 
-__all__ = ["Recommender", "ScoresNotNumbers", "best", "windows_from_histories", "windows_from_interactions"]
+__all__ = ["Ranker", "Recommender", "ScoresNotNumbers", "best", "windows_from_histories", "windows_from_interactions"]
 
 Indices: TypeAlias = npt.NDArray[np.int64]
 
@@ -91,6 +91,28 @@ def _settle(scores: Tensor, values: Tensor, indices: Tensor, k: int) -> tuple[Te
     indices = indices.sort(dim=1)[0]
     values, order = scores.gather(1, indices).sort(dim=1, descending=True, stable=True)
     return values, indices.gather(1, order)
+
+
+class Ranker(Protocol):
+    """What evaluation asks of a recommender."""
+
+    @property
+    def num_items(self) -> int: ...
+
+    @property
+    def window_length(self) -> int: ...
+
+    @property
+    def folds_in(self) -> bool: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def encode_windows(self, user_index: Indices, windows: Indices) -> Tensor: ...
+
+    def score_all(self, encoded: Tensor) -> Tensor: ...
+
+    def score_items(self, encoded: Tensor, items: Indices) -> npt.NDArray[np.float32]: ...
 
 
 class Recommender:
@@ -171,7 +193,8 @@ class Recommender:
         `user_index` -1 is a user unknown to the model; ValueError unless the model folds in. `fresh` counts the latest
         items of each history that came after the training: they move users of a model that looks at no window.
         """
-        encoded = self._encode(user_index, windows_from_histories(histories, self.window_length, self.num_items))
+        whole = windows_from_histories(histories, self.window_length, self.num_items)
+        encoded = self.encode_windows(user_index, whole)
         if fresh is None or not self.model.fits_strangers:
             return encoded
         moved = [row for row, count in enumerate(fresh) if count > 0 and user_index[row] >= 0]
@@ -210,7 +233,7 @@ class Recommender:
                     found, values = self._prepared.top(encoded[row : row + 1], out, k, allowed)
                     chosen[row, : len(found)], kept[row, : len(found)] = found, values
                 return chosen, kept
-            scores = self._all_scores(encoded)
+            scores = self.score_all(encoded)
             for row, out in enumerate(outs):
                 if len(out):
                     scores[row, torch.from_numpy(out).to(self.device)] = _NEVER
@@ -233,7 +256,7 @@ class Recommender:
         return self.top(self.encode(user_index, histories), excluded, k, allowed)
 
     def score_items(self, encoded: Tensor, items: AnyIndices) -> npt.NDArray[np.float32]:
-        """Score `items` (batch, n) for encoded users: (batch, n); minus infinity where an item is negative."""
+        """Score `items` (batch, n) or (n,) for encoded users: (batch, n); minus infinity where an item is negative."""
         asked = np.asarray(items, np.int64)
         with torch.inference_mode():
             scores = self.model.score(encoded, torch.from_numpy(np.maximum(asked, 0)).to(self.device))
@@ -246,12 +269,15 @@ class Recommender:
             vectors: npt.NDArray[np.float32] = self.model.item_vectors(indices).float().cpu().numpy()
             return vectors
 
-    def scores(self, user_index: AnyIndices, windows: Indices) -> Tensor:
+    def score_all(self, encoded: Tensor) -> Tensor:
         """Score the whole catalogue: float32 (batch, num_items), for the caller to change within inference mode."""
         with torch.inference_mode():
-            return self._all_scores(self._encode(user_index, windows))
+            scores: Tensor = self.model.score_all(encoded)
+            # An expanded row (popularity) must not be written to.
+            return scores.float().contiguous() if scores.stride(0) else scores.float().clone()
 
-    def _encode(self, user_index: AnyIndices, windows: Indices) -> Tensor:
+    def encode_windows(self, user_index: AnyIndices, windows: Indices) -> Tensor:
+        """The same as `encode`, from the windows that `windows_from_interactions` cuts."""
         users = np.array(user_index, np.int64)
         strangers = users < 0
         if strangers.any():
@@ -287,8 +313,3 @@ class Recommender:
                 if self._fold_in is None:
                     self._fold_in = FoldIn(self.model, self._trained_users)
         return self._fold_in
-
-    def _all_scores(self, encoded: Tensor) -> Tensor:
-        scores: Tensor = self.model.score_all(encoded)
-        # An expanded row (popularity) must not be written to.
-        return scores.float().contiguous() if scores.stride(0) else scores.float().clone()

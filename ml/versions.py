@@ -13,11 +13,11 @@ import typer
 from torch import Tensor
 
 from ml.distributed import ALONE, Processes
-from ml.evaluate import Ranker, evaluate, popularity_of
+from ml.evaluate import evaluate, popularity_of
 from ml.experiment import TEST, SplitEvaluator, counts_of, metrics_table, split_of
 from ml.importers import load, open_source
 from ml.interactions import Interactions
-from ml.recommender import Indices, Recommender
+from ml.recommender import Indices, Ranker, Recommender
 from ml.registry import Registry, VersionDamaged
 from ml.snapshots import Snapshot, read_part, read_snapshot
 from ml.split import split_by_name
@@ -48,15 +48,24 @@ class Translated:
         known: npt.NDArray[np.bool_] = self._users >= 0
         return known
 
-    def scores(self, user_index: npt.NDArray[np.int64], windows: Indices) -> Tensor:
-        """Score the data's items, as Recommender.scores does; minus infinity for unknown ones."""
+    def encode_windows(self, user_index: npt.NDArray[np.int64], windows: Indices) -> Tensor:
+        """Encode users of the data, as Recommender.encode_windows does."""
         theirs = self._items[windows]
         # Unknown items leave gaps; padding belongs in front.
         order = np.argsort(theirs != self._recommender.num_items, axis=1, kind="stable")
         theirs = np.take_along_axis(theirs, order, axis=1)
-        users = np.where(user_index < 0, -1, self._users[user_index])
-        scores = self._recommender.scores(users, theirs)[:, self._columns]
-        return scores.masked_fill_(self._unknown, _NEVER)
+        return self._recommender.encode_windows(np.where(user_index < 0, -1, self._users[user_index]), theirs)
+
+    def score_all(self, encoded: Tensor) -> Tensor:
+        """Score the data's items; minus infinity for unknown ones."""
+        return self._recommender.score_all(encoded)[:, self._columns].masked_fill_(self._unknown, _NEVER)
+
+    def score_items(self, encoded: Tensor, items: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+        """Score some of the data's items, as Recommender.score_items does; minus infinity for unknown ones."""
+        theirs = self._items[items]
+        return self._recommender.score_items(
+            encoded, np.where((items < 0) | (theirs == self._recommender.num_items), -1, theirs)
+        )
 
 
 def unseen(interactions: Interactions, trained_through: str | None) -> Interactions:
@@ -83,9 +92,15 @@ def compared(
     if not translated.folds_in:
         targets = targets.select(translated.known_users[targets.user_index])
     try:
-        ours = evaluate(this, history, targets, cutoffs=(10,), processes=processes)
+        ours = evaluate(this, history, targets, cutoffs=(10,), lists_only=True, processes=processes)
         theirs = evaluate(
-            translated, history, targets, cutoffs=(10,), known_users=translated.known_users, processes=processes
+            translated,
+            history,
+            targets,
+            cutoffs=(10,),
+            known_users=translated.known_users,
+            lists_only=True,
+            processes=processes,
         )
     except ValueError:
         return None

@@ -79,6 +79,8 @@ class NeuMF(RankingModel):
         return torch.cat((factors, self.user_layer(tower)), 1)
 
     def score(self, encoded: Tensor, items: Tensor) -> Tensor:
+        if items.dim() == 1 and not (self.training or torch.is_grad_enabled()):
+            return self._score_at_rest(encoded, items)
         width = len(self.factor_weights)
         factors, user_share = encoded[:, :width], encoded[:, width:]
         scores = pair_scores(factors, self.item_factors(items))
@@ -128,17 +130,21 @@ class NeuMF(RankingModel):
     def score_all(self, encoded: Tensor) -> Tensor:
         if self.training or torch.is_grad_enabled():
             return super().score_all(encoded)
-        item_shares = self.item_share()
-        width = len(self.factor_weights)
+        return self._score_at_rest(encoded, slice(None))
+
+    def _score_at_rest(self, encoded: Tensor, items: Tensor | slice) -> Tensor:
+        """Score the same items for everybody, block by block."""
+        item_shares, width = self.item_share()[items], len(self.factor_weights)
         factors, user_share = encoded[:, :width], encoded[:, width:]
-        biases = None if self.item_bias is None else self.item_bias.weight[:, 0]
-        scores = linear_at_rest(factors, self.item_factors.weight, biases)
+        biases = None if self.item_bias is None else self.item_bias.weight[items, 0]
+        scores = linear_at_rest(factors, self.item_factors.weight[items], biases)
         widths = self.config.hidden
         block = max(1, CPU_BLOCK_NUMBERS // widths[0] if scores.device.type == "cpu" else GPU_BLOCK)
-        wide = min(self.num_items, block)
+        number = len(item_shares)
+        wide = max(1, min(number, block))
         step = max(1, block // wide)
         memory = scores.new_empty(step * wide * widths[0])
-        for first in range(0, self.num_items, wide):
+        for first in range(0, number, wide):
             item_share = item_shares[first : first + wide]
             for row in range(0, len(encoded), step):
                 rows = slice(row, row + step)

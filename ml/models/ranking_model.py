@@ -156,7 +156,7 @@ def embedding(rows: int, width: int, scale: float, *, padded: bool = False) -> n
 def pair_scores(user_vectors: Tensor, item_vectors: Tensor) -> Tensor:
     """Inner products of (batch, d) with (n, d) or (batch, n, d): (batch, n)."""
     if item_vectors.dim() == 2:
-        return user_vectors @ item_vectors.T
+        return linear_at_rest(user_vectors, item_vectors)
     return torch.bmm(item_vectors, user_vectors.unsqueeze(2)).flatten(1)
 
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ml import evaluate as evaluate_module
-from ml.evaluate import evaluate, popularity_of
+from ml.evaluate import Evaluation, evaluate, popularity_of
 from ml.interactions import Interactions
 from ml.models import PopularityConfig, RankingModel, build_model
 from ml.recommender import Recommender
@@ -22,7 +22,7 @@ class Table(RankingModel):
         return self.table[users]
 
     def score(self, encoded: Tensor, items: Tensor) -> Tensor:
-        return encoded[:, items]
+        return encoded[:, items] if items.dim() == 1 else encoded.gather(1, items)
 
 
 def generated(seed: int = 0, users: int = 30, items: int = 40, size: int = 500) -> Interactions:
@@ -93,6 +93,50 @@ def test_what_is_measured_is_what_top_k_serves() -> None:
         assert np.array_equal(hits, found.by_user["hit_rate@10"] > 0)
 
 
+@pytest.mark.parametrize("limited", [False, True])
+@pytest.mark.parametrize("keep_history", [False, True])
+@pytest.mark.parametrize("levels", [None, 6])
+def test_lists_alone_have_the_same_figures(
+    levels: int | None, keep_history: bool, limited: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluate_module, "_BATCH_SCORES", 1000)  # several batches
+    data = generated(users=40, items=120, size=900)
+    split = random_split(data, seed=1, test_share=0.3)
+    recommender = tabled(data, levels=levels)
+    # What is popular scores high, as with trained models: then a look at popular items tells where most targets are.
+    recommender.model.table += torch.linspace(3, 0, data.num_items)
+    candidates = np.arange(data.num_items) % 5 != 0 if limited else None
+    ranked: list[int] = []
+    score_all = recommender.score_all
+
+    def counted(encoded: Tensor) -> Tensor:
+        ranked.append(len(encoded))
+        return score_all(encoded)
+
+    monkeypatch.setattr(recommender, "score_all", counted)
+
+    def found(lists_only: bool) -> Evaluation:
+        history = split.history_for_test()
+        return evaluate(
+            recommender,
+            history,
+            split.test,
+            candidates=candidates,
+            cutoffs=(1, 3),
+            keep_history=keep_history,
+            lists_only=lists_only,
+        )
+
+    whole = found(lists_only=False)
+    everybody = sum(ranked)
+    lists = found(lists_only=True)
+    assert sum(ranked) - everybody < everybody
+    assert lists.by_user.keys() == {name for name in whole.by_user if "@" in name}
+    assert all(np.array_equal(values, whole.by_user[name]) for name, values in lists.by_user.items())
+    assert lists.metrics == {name: value for name, value in whole.metrics.items() if name in lists.metrics}
+    assert (lists.targets, lists.repeated) == (whole.targets, whole.repeated)
+
+
 def test_history_is_masked_and_repeats_are_left_out() -> None:
     data = Interactions.from_arrays(["a"] * 4 + ["b"] * 3, ["1", "2", "3", "1", "1", "2", "3"])
     split = leave_one_out(data)
@@ -157,9 +201,10 @@ def test_nothing_to_evaluate_is_said_clearly() -> None:
         evaluate(popularity_of(data), data.select(np.array([0])), data.select(np.array([1])), cutoffs=(0,))
 
 
-def test_scores_that_are_no_numbers_are_refused() -> None:
+@pytest.mark.parametrize("lists_only", [False, True])
+def test_scores_that_are_no_numbers_are_refused(lists_only: bool) -> None:
     data = generated()
     split = leave_one_out(data)
     table = np.full((data.num_users, data.num_items), np.nan)
     with pytest.raises(ValueError, match="not numbers"):
-        evaluate(Recommender(Table(table), data.users, data.items), split.train, split.test)
+        evaluate(Recommender(Table(table), data.users, data.items), split.train, split.test, lists_only=lists_only)
