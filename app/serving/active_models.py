@@ -154,6 +154,12 @@ class ActiveModels:
         except (KeyError, ValueError, TypeError, OSError):  # collected, or made elsewhere: drop all that was erased
             return 0
 
+    def follow_catalog(self) -> None:
+        """Bring what may be shown up to date with the catalogue, so that no request has to."""
+        active = self.current
+        if active is not None:
+            active.candidates.allowed()
+
     def user_index(self, active: Active, user_id: str) -> int:
         """The user's index in a version; -1 if the version was not trained on it, or it was erased since."""
         if self._catalog.erased_users:

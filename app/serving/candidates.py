@@ -219,14 +219,16 @@ class Candidates:
         else:
             indices = self._items.indices([change.item_id for change in changes])
             known: list[tuple[Change, int]] = []
+            entries, unseen = self._catalog.entries, self._unseen
             for change, index in zip(changes, indices.tolist(), strict=True):
                 if index >= 0:
                     known.append((change, index))
                     self._dropped[index] |= change.erasure > self._erasures_through
-                if self._catalog.visible(change.item_id) and (index < 0 or self._dropped[index]):
-                    self._unseen[change.item_id] = None
+                entry = entries.get(change.item_id)
+                if entry is not None and not entry.hidden and (index < 0 or self._dropped[index]):
+                    unseen[change.item_id] = None
                 else:
-                    self._unseen.pop(change.item_id, None)
+                    unseen.pop(change.item_id, None)
             if not known:  # items that the version does not know change nothing here
                 self._every = Allowed(before.mask, before.count, revision)
                 return

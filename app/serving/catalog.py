@@ -1,11 +1,12 @@
 """The catalogue in memory: what may be shown. Follows SQL by the numbers of changes and erasures."""
 
+import json
 import threading
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import datetime
 from itertools import islice
+from typing import NamedTuple
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
@@ -19,14 +20,19 @@ _PROBE = sa.select(
     sa.select(catalog_state.c.changes).scalar_subquery().label("changes"),
     sa.select(sa.func.max(erasures.c.sequence)).scalar_subquery().label("erasure"),
 )
-_ITEMS = sa.select(items.c.item_id, items.c.hidden, items.c.categories, items.c.created_at)
+# As texts, which take a third of the time to read.
+_ITEMS = sa.select(
+    items.c.item_id, items.c.hidden, sa.cast(items.c.categories, sa.Text), sa.cast(items.c.created_at, sa.Text)
+)
+ROWS_AT_A_TIME = 1_000
+# Lists of categories that are alike share one tuple; so many are remembered.
+REMEMBERED_CATEGORIES = 10_000
 _ERASURES = sa.select(
     erasures.c.sequence, erasures.c.kind, erasures.c.subject_sha256, erasures.c.through_position
 ).order_by(erasures.c.sequence)
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(NamedTuple):
     """What serving needs to know of an item."""
 
     hidden: bool
@@ -34,8 +40,7 @@ class Entry:
     created_at: datetime
 
 
-@dataclass(frozen=True, slots=True)
-class Change:
+class Change(NamedTuple):
     """An item that was added, changed or removed."""
 
     revision: int
@@ -57,6 +62,7 @@ class Catalog:
         self.erasures_through = 0
         self._journal: deque[Change] = deque(maxlen=JOURNAL_LENGTH)
         self._changes_through = -1
+        self._categories: dict[str, tuple[str, ...]] = {}  # as the database writes them
         self._lock = threading.RLock()
 
     def __len__(self) -> int:
@@ -105,20 +111,28 @@ class Catalog:
     def _read(self, connection: Connection) -> None:
         """Read the items whose change is newer than what is known; at first, all."""
         changed = _ITEMS if self._changes_through < 0 else _ITEMS.where(items.c.change > self._changes_through)
+        entries, known = self.entries, self._categories
         # Closed also where the connection breaks in between, which leaves the database's cursor to nobody else.
         with connection.execute(changed.execution_options(yield_per=10_000)) as rows:
-            for item_id, hidden, categories, created_at in rows:
-                entry = Entry(hidden, tuple(categories), created_at)
-                if self.entries.get(item_id) != entry:
-                    self._put(item_id, entry)
+            for part in rows.partitions(ROWS_AT_A_TIME):
+                for item_id, hidden, written, created_at in part:
+                    categories = known.get(written)
+                    if categories is None:
+                        if len(known) >= REMEMBERED_CATEGORIES:
+                            known.clear()
+                        categories = known[written] = tuple(json.loads(written))
+                    entry = Entry(hidden, categories, _time(created_at))
+                    if entries.get(item_id) != entry:
+                        self._put(item_id, entry)
 
     def _put(self, item_id: str, entry: Entry) -> None:
-        if self.loaded and item_id not in self.entries and self.erased_items:
+        if item_id in self.entries:
+            self._leave_categories(item_id)
+        elif self.loaded and self.erased_items:
             # Versions may know an item that was erased while the catalogue did not.
             erasure = self.erased_items.get(subject_sha256(item_id))
             if erasure is not None:
                 self._record(item_id, erasure)
-        self._leave_categories(item_id)
         self.entries[item_id] = entry
         for category in entry.categories:
             self.by_category.setdefault(category, set()).add(item_id)
@@ -153,3 +167,8 @@ class Catalog:
     def _record(self, item_id: str, erasure: int = 0) -> None:
         self.revision += 1
         self._journal.append(Change(self.revision, item_id, erasure))
+
+
+def _time(written: str) -> datetime:
+    """A time in UTC as either database writes it; SQLite does not say so."""
+    return datetime.fromisoformat(written if "+" in written else f"{written}+00:00")

@@ -4,7 +4,7 @@ import asyncio
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, TypeAlias
@@ -61,12 +61,16 @@ class Histories:
         catalog: Catalog,
         meanings: Mapping[str, EventMeaning],
         max_history: int,
+        *,
         capacity: int = REMEMBERED_USERS,
+        on_catalog: Callable[[], None] = lambda: None,
     ) -> None:
+        """`on_catalog` is called on a thread whenever the catalogue was brought up to date for requests that wait."""
         self._engine = engine
         self._catalog = catalog
         self._builder = HistoryBuilder(meanings, max_history)
         self._capacity = capacity
+        self._on_catalog = on_catalog
         self._remembered: OrderedDict[str, _Remembered] = OrderedDict()
         self._size = 0
         self._erasures_through = 0
@@ -216,6 +220,7 @@ class Histories:
     def _follow(self) -> None:
         with reading(self._engine) as connection:
             self._catalog.follow(connection)
+        self._on_catalog()
         self.forget_erased()
 
     async def _answer_whole(self, user_id: str, answers: list[Answer]) -> None:

@@ -1,4 +1,4 @@
-"""The catalogue by age, the newest first: sorted now and then, and merged with what changed since."""
+"""The catalogue by age, the newest first: in order as of some moment, and merged with what changed since."""
 
 import heapq
 import threading
@@ -9,7 +9,7 @@ from datetime import datetime
 from app.serving.catalog import Catalog
 from app.serving.filters import EVERY_CATEGORY, CategoryFilter
 
-# After more changes than that the whole order is made anew.
+# After more changes than that the order is brought up to date.
 MANY_CHANGES = 1_000
 
 _Aged = tuple[datetime, str]
@@ -40,12 +40,18 @@ class Latest:
                 yield item_id, created_at
 
     def poll(self) -> None:
-        """Sort anew if much has changed."""
+        """Bring the order up to date if much has changed."""
         with self._lock:
-            changes = self._catalog.changes_since(self._order.revision) if self._order.revision >= 0 else None
-            if changes is None or len(changes) > MANY_CHANGES:
-                revision = self._catalog.revision
+            revision, order = self._catalog.revision, self._order
+            changes = self._catalog.changes_since(order.revision) if order.revision >= 0 else None
+            if changes is None:
                 self._order = _Order(self._aged(self._catalog.entries.copy()), revision)
+            elif len(changes) > MANY_CHANGES:
+                changed = {change.item_id for change in changes}
+                items = [aged for aged in order.items if aged[1] not in changed]
+                items += self._aged(changed)
+                items.sort(reverse=True)  # two runs: fast
+                self._order = _Order(items, revision)
 
     def _aged(self, item_ids: Iterable[str]) -> list[_Aged]:
         entries = self._catalog.entries

@@ -3,11 +3,11 @@
 import heapq
 import random
 import threading
-from bisect import bisect_right
-from collections import Counter
+from bisect import bisect_left, bisect_right
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from itertools import groupby
+from itertools import chain, groupby
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
@@ -47,12 +47,14 @@ class Popularity:
     def ranked(self, categories: CategoryFilter = EVERY_CATEGORY) -> Iterator[tuple[str, int]]:
         """Items that may be shown with their counts, the most chosen first, equals by id."""
         order = self._order
+        listed = self._ordered(order, categories)
+        for item_id in listed:
+            if self._may_show(item_id, categories):
+                yield item_id, order.counts.get(item_id, 0)
         # The catalogue may be ahead of the order, which only `poll` brings up to date.
         newer = {change.item_id for change in self._catalog.changes_since(order.revision) or ()}
-        for item_id in self._ordered(order, categories):
-            if self._may_show(item_id, categories):
-                newer.discard(item_id)
-                yield item_id, order.counts.get(item_id, 0)
+        if newer:
+            newer.difference_update(self._ordered(order, categories))
         for item_id in sorted(newer):
             if self._may_show(item_id, categories):
                 yield item_id, order.counts.get(item_id, 0)
@@ -82,17 +84,18 @@ class Popularity:
         """Count the events that came since, and bring the order up to date."""
         erasures = self._catalog.erasures_through
         through = safe_through(connection)
-        if erasures != self._erasures_through:  # the events of what was erased are gone: count those that are left
-            counts, since = Counter[str](), 0
-        else:
-            counts, since = self._counts, self._through
-        changed = through > since and self._count(connection, counts, since, through)
+        again = erasures != self._erasures_through  # the events of what was erased are gone: count those that are left
+        counts, since = (Counter[str](), 0) if again else (self._counts, self._through)
+        counted = self._count(connection, counts, since, through) if through > since else set()
         self._counts, self._through, self._erasures_through = counts, through, erasures
-        if changed or not self.loaded or self._order.revision != self._catalog.revision:
+        if again or not self.loaded:
             self._sort()
+        elif counted or self._order.revision != self._catalog.revision:
+            self._follow(counted)
         self.loaded = True
 
-    def _count(self, connection: Connection, counts: Counter[str], since: int, through: int) -> bool:
+    def _count(self, connection: Connection, counts: Counter[str], since: int, through: int) -> set[str]:
+        """Add to the counts; the items whose count changed."""
         came, taken_back = (
             connection.execute(sa.select(rows.c.item_id, sa.func.count()).group_by(rows.c.item_id)).all()
             for rows in new_interactions(self._meanings, mark_of(connection), since, through)
@@ -101,14 +104,52 @@ class Popularity:
             counts[item_id] += count
         for item_id, count in taken_back:
             counts[item_id] -= count
-        return bool(came or taken_back)
+        return {item_id for item_id, _ in chain(came, taken_back)}
 
     def _sort(self) -> None:
         revision = self._catalog.revision
         counts = {item_id: count for item_id, count in self._counts.items() if count > 0}
+        by_count: dict[int, list[str]] = defaultdict(list)
         # Items that nobody chose yet come last: a new catalogue is better than nothing.
-        known = counts.keys() | set(self._catalog.entries)
-        item_ids = sorted(known, key=lambda item_id: (-counts.get(item_id, 0), item_id))
+        for item_id in counts.keys() | set(self._catalog.entries):
+            by_count[counts.get(item_id, 0)].append(item_id)
+        item_ids: list[str] = []
+        for _, equal in sorted(by_count.items(), reverse=True):
+            equal.sort()  # one sort of everything would let nobody else have the processor for as long as it takes
+            item_ids += equal
+        self._order = _Order(item_ids, counts, revision)
+
+    def _follow(self, counted: set[str]) -> None:
+        """Move the items whose count changed to their new places, and those that came or went."""
+        order, revision = self._order, self._catalog.revision
+        changes = self._catalog.changes_since(order.revision)
+        if changes is None or len(changes) + len(counted) > len(order.item_ids) // 2:
+            self._sort()
+            return
+        counts = order.counts.copy()
+        for item_id in counted:
+            count = self._counts[item_id]
+            if count > 0:
+                counts[item_id] = count
+            else:
+                counts.pop(item_id, None)
+
+        def place(item_id: str) -> tuple[int, str]:
+            return -counts.get(item_id, 0), item_id
+
+        moved = counted | {change.item_id for change in changes}
+        rest = [item_id for item_id in order.item_ids if item_id not in moved]
+        listed = sorted(
+            (item_id for item_id in moved if item_id in counts or item_id in self._catalog.entries), key=place
+        )
+        item_ids: list[str] = []
+        first = 0
+        for item_id in listed:
+            last = bisect_left(rest, place(item_id), first, key=place)
+            item_ids += rest[first:last]
+            item_ids.append(item_id)
+            first = last
+        item_ids += rest[first:]
         self._order = _Order(item_ids, counts, revision)
 
     def _of_category(self, order: _Order, category: str) -> list[str]:

@@ -62,9 +62,10 @@ class Ranker:
             and not self._explorer.explores
             and (active is None or active.seconds <= QUICK_SECONDS)
             and (active is None or active.candidates.changes_behind <= QUICK_CHANGES)
-            # A category may leave less than is asked for, and then every unseen item is looked at.
+            # Its items are looked up at first. A category may leave less than is asked for, and then every unseen
+            # item is looked at.
+            and (not query.categories or len(self._catalog) <= QUICK_CATALOG)
             and (active is None or not query.categories or active.candidates.unseen_count <= QUICK_UNSEEN)
-            and len(self._catalog) <= QUICK_CATALOG
         )
 
     def again(self, query: Query, history: History) -> bytes | None:

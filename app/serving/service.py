@@ -167,6 +167,7 @@ class Service:
             if not self.migrated:
                 return
         self.catalog.follow(connection)
+        self.active_models.follow_catalog()
         self.histories.forget_erased()
         self.popularity.poll(connection)
         self.activity.poll(connection)
@@ -190,7 +191,6 @@ def build_service(settings: Settings) -> Service:
     store = open_store(settings.resolved_store_url)
     registry = Registry(store, settings.data_dir / "cache")
     catalog = Catalog()
-    histories = Histories(engine, catalog, settings.event_meanings, settings.max_history)
     rankings = metrics.counter(
         "rankings", "Rankings by a model, by how it found the items: scored, screened, retrieved or starved.", ("way",)
     )
@@ -201,6 +201,9 @@ def build_service(settings: Settings) -> Service:
         catalog,
         retrieval_from=settings.retrieval_from,
         on_ranked=lambda way: by_way[way].inc(),
+    )
+    histories = Histories(
+        engine, catalog, settings.event_meanings, settings.max_history, on_catalog=active_models.follow_catalog
     )
     popularity = Popularity(settings.event_meanings, catalog)
     activity = Activity(settings.event_meanings, catalog)

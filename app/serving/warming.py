@@ -44,7 +44,8 @@ class Warming:
                 await asyncio.sleep(READY_POLL_SECONDS)
             started = time.monotonic()
             users = await self._read()
-            log.info("histories_read_ahead", users=users, seconds=round(time.monotonic() - started, 1))
+            if users:
+                log.info("histories_read_ahead", users=users, seconds=round(time.monotonic() - started, 1))
         except Exception as error:  # requests read what they need
             log.warning("histories_not_read_ahead", reason=type(error).__name__, exc_info=not is_outage(error))
 

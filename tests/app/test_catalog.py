@@ -1,7 +1,6 @@
 """The catalogue in memory follows the order of the commits, whatever the clocks of those who write say."""
 
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -109,5 +108,5 @@ def test_an_item_that_came_back_while_its_erasure_was_read(engine: Engine) -> No
         now = dict(catalog.entries)
         catalog.follow(late)
     assert catalog.entries == now
-    assert replace(now["a"], created_at=LONG_AGO) == Entry(hidden=False, categories=("new",), created_at=LONG_AGO)
+    assert now["a"]._replace(created_at=LONG_AGO) == Entry(hidden=False, categories=("new",), created_at=LONG_AGO)
     assert catalog.in_category("old") == []
