@@ -16,6 +16,7 @@ from sqlalchemy.engine import Connection
 from app.erasure import subject_sha256
 from app.serving.candidates import Candidates, ItemIndices
 from app.serving.catalog import Catalog
+from app.serving.history import ItemNumbers
 from app.tables import model_versions
 from ml import retrieval
 from ml.prepared import Way
@@ -154,11 +155,12 @@ class ActiveModels:
         except (KeyError, ValueError, TypeError, OSError):  # collected, or made elsewhere: drop all that was erased
             return 0
 
-    def follow_catalog(self) -> None:
-        """Bring what may be shown up to date with the catalogue, so that no request has to."""
+    def keep_up(self, items: ItemNumbers) -> None:
+        """Take in what is new of the catalogue, and of items that histories name, so that no request has to."""
         active = self.current
         if active is not None:
             active.candidates.allowed()
+            active.item_indices.keep_up(items)
 
     def user_index(self, active: Active, user_id: str) -> int:
         """The user's index in a version; -1 if the version was not trained on it, or it was erased since."""

@@ -53,7 +53,7 @@ class ItemIndices:
     def of_numbers(self, items: ItemNumbers, numbers: Numbers) -> npt.NDArray[np.int64]:
         """The indices of those that the version knows, by histories' numbers; of one ItemNumbers always."""
         if len(items) > self._numbered and len(numbers) and int(numbers.max()) >= self._numbered:
-            self._number(items)
+            self.keep_up(items)
         indices = self._of_number[numbers]
         return self._candidates.not_erased(indices[indices >= 0])
 
@@ -65,9 +65,12 @@ class ItemIndices:
             found = self.of_numbers(items, numbers)
         return found[-count:]
 
-    def _number(self, items: ItemNumbers) -> None:
+    def keep_up(self, items: ItemNumbers) -> None:
+        """Look up the items that histories named since the last time."""
         with self._lock:
             first, last = self._numbered, len(items)
+            if first == last:
+                return
             if last > len(self._of_number):
                 # A new one, with room: other threads may be in the middle of reading the old.
                 larger = np.full(max(2 * last, 1_024), -1, np.int64)

@@ -16,7 +16,7 @@ from starlette.concurrency import run_in_threadpool
 from app.database import is_outage, reading
 from app.erasure import subject_sha256
 from app.serving.catalog import Catalog
-from app.serving.history import History, HistoryBuilder
+from app.serving.history import History, HistoryBuilder, ItemNumbers
 from app.serving.history_readers import open_reader, read_whole
 from app.serving.looks import Asked, HistoryReader, Look
 from ml.snapshots import EventMeaning
@@ -63,14 +63,14 @@ class Histories:
         max_history: int,
         *,
         capacity: int = REMEMBERED_USERS,
-        on_catalog: Callable[[], None] = lambda: None,
+        on_news: Callable[[ItemNumbers], None] = lambda items: None,  # noqa: ARG005
     ) -> None:
-        """`on_catalog` is called on a thread whenever the catalogue was brought up to date for requests that wait."""
+        """`on_news` hears on a thread, before requests that wait do, that the catalogue or these items may be more."""
         self._engine = engine
         self._catalog = catalog
         self._builder = HistoryBuilder(meanings, max_history)
         self._capacity = capacity
-        self._on_catalog = on_catalog
+        self._on_news = on_news
         self._remembered: OrderedDict[str, _Remembered] = OrderedDict()
         self._size = 0
         self._erasures_through = 0
@@ -105,6 +105,11 @@ class Histories:
         """What was last read for this user, or None."""
         found = self._remembered.get(user_id)
         return found.history if found is not None else None
+
+    @property
+    def items(self) -> ItemNumbers:
+        """The items of all histories that were read."""
+        return self._builder.items
 
     @property
     def is_asked(self) -> bool:
@@ -220,7 +225,7 @@ class Histories:
     def _follow(self) -> None:
         with reading(self._engine) as connection:
             self._catalog.follow(connection)
-        self._on_catalog()
+        self._on_news(self._builder.items)
         self.forget_erased()
 
     async def _answer_whole(self, user_id: str, answers: list[Answer]) -> None:
@@ -282,11 +287,13 @@ class Histories:
             return history
 
     def _whole(self, user_id: str) -> _Remembered:
-        whole = read_whole(self._engine, user_id)
-        positions = frozenset(
-            position for mark, position in zip(whole.marks, whole.positions, strict=True) if mark >= whole.settled
+        whole = read_whole(self._engine, user_id, self._builder.needs_values)
+        late = frozenset(
+            chain.from_iterable(part.positions[part.marks >= whole.settled].tolist() for part in whole.parts)
         )
-        return _Remembered(self._builder.of_whole(whole), whole.settled, positions)
+        history = self._builder.of_whole(whole)
+        self._on_news(self._builder.items)
+        return _Remembered(history, whole.settled, late)
 
 
 def _deliver(answers: Iterable[Answer], result: History | Exception) -> None:

@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, TypeVar
 
 import numpy as np
@@ -14,7 +15,6 @@ from ml.snapshots import RETRACT, EventMeaning, meaning_of
 Numbers = npt.NDArray[np.int32]
 Times = npt.NDArray[np.int64]
 T = TypeVar("T", bound=np.generic)
-C = TypeVar("C")
 
 # Callers name the types of events: what so many mean is remembered.
 MANY_TYPES = 1_000
@@ -47,6 +47,7 @@ class ItemNumbers:
         return self._numbers.get(item_id, -1)
 
     def numbers(self, item_ids: Sequence[str]) -> Numbers:
+        """The items' numbers, new ones at first sight."""
         try:
             return np.fromiter(map(self._numbers.__getitem__, item_ids), np.int32, len(item_ids))
         except KeyError:
@@ -107,32 +108,44 @@ class HistoryBuilder:
         self._items = ItemNumbers()
 
     @property
+    def items(self) -> ItemNumbers:
+        """The items of all its histories."""
+        return self._items
+
+    @property
     def needs_values(self) -> bool:
         """Whether it depends on an event's value what it means."""
         return any(meaning.minimum_value is not None for meaning in self._given.values())
 
     def of_whole(self, whole: Whole) -> History:
         """The history of all events of a user."""
-        taken_back = {retracts for retracts in whole.retracts if retracts is not None}
-        kept = [
-            place
-            for place, (type_, event_id) in enumerate(zip(whole.types, whole.event_ids, strict=True))
-            if type_ != RETRACT and event_id not in taken_back
-        ]
-        item_ids, types, values = _picked(whole.item_ids, kept), _picked(whole.types, kept), _picked(whole.values, kept)
-        return self._built(
-            item_ids, types, values, np.array(whole.occurred_at, np.int64)[kept], max(whole.positions, default=0)
-        )
+        parts = whole.parts
+        if not parts:
+            return History(self._items)
+        numbers = np.concatenate([self._items.numbers(part.item_ids) for part in parts])
+        positions = np.concatenate([part.positions for part in parts])
+        times = np.concatenate([part.occurred_at for part in parts])
+        types = list(chain.from_iterable(part.types for part in parts))
+        values = list(chain.from_iterable(part.values or () for part in parts))
+        kept = np.array([type_ != RETRACT for type_ in types], np.bool_)
+        kept[np.isin(positions, whole.taken_back)] = False
+        order = np.lexsort((positions, times))
+        order = order[kept[order]]
+        places = order.tolist()
+        types = [types[place] for place in places]
+        in_order = [values[place] for place in places] if values else None
+        return self._built(numbers[order], types, in_order, times[order], int(positions.max()))
 
     def of_events(self, events: Events) -> History | None:
         """The history of all events of a user; None where one takes another back."""
         if RETRACT in events.types:
             return None
-        return self._built(events.item_ids, events.types, events.values, events.occurred_at, events.through)
+        numbers = self._items.numbers(events.item_ids)
+        return self._built(numbers, events.types, events.values, events.occurred_at, events.through)
 
     def _built(
         self,
-        item_ids: Sequence[str],
+        numbers: Numbers,
         types: Sequence[str],
         values: Sequence[float | None] | None,
         times: Times,
@@ -141,7 +154,6 @@ class HistoryBuilder:
         """`values` may be left out where no meaning asks for them."""
         if not through:
             return History(self._items)
-        numbers = self._items.numbers(item_ids)
         left_out, kept_out = numbers, _NO_NUMBERS
         meanings = {type_: self._meaning(type_) for type_ in set(types)}
         if not all(
@@ -203,10 +215,6 @@ class HistoryBuilder:
                 self._meanings.clear()
             found = self._meanings[type_] = meaning_of(self._given, type_)
         return found
-
-
-def _picked(column: Sequence[C], places: Sequence[int]) -> list[C]:
-    return [column[place] for place in places]
 
 
 def _inserted(values: npt.NDArray[T], place: int, value: int) -> npt.NDArray[T]:

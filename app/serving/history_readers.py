@@ -1,14 +1,19 @@
-"""Readers of histories by database. They go past SQLAlchemy, whose statements take several times as long here."""
-
-from typing import Any
+"""Readers of histories by database, past SQLAlchemy, and one for histories that are long or not just growing."""
 
 import numpy as np
+import sqlalchemy as sa
+from pydantic_core import from_json
 from sqlalchemy.engine import Engine
 
+from app.database import reading
 from app.serving import postgres_reader, sqlite_reader
-from app.serving.looks import HistoryReader, Whole
+from app.serving.looks import Columns, HistoryReader, Whole
+from ml.snapshots import RETRACT
 
-ROWS_AT_A_TIME = 1_000
+_TAKEN_BACK = sa.text("""
+    SELECT position FROM events WHERE user_id = :user_id
+    AND event_id IN (SELECT retracts FROM events WHERE user_id = :user_id AND retracts IS NOT NULL)
+""")
 
 
 def open_reader(engine: Engine, needs_values: bool) -> HistoryReader:
@@ -18,22 +23,20 @@ def open_reader(engine: Engine, needs_values: bool) -> HistoryReader:
     return sqlite_reader.SqliteReader(engine, needs_values)
 
 
-def read_whole(engine: Engine, user_id: str) -> Whole:
+def read_whole(engine: Engine, user_id: str, needs_values: bool) -> Whole:
     """Read all events of a user; blocks."""
-    with engine.connect() as connection:
-        if engine.dialect.name == "postgresql":
-            # Before the events: what commits between the two is read again, and known by its position.
-            settled = int(connection.exec_driver_sql(postgres_reader.SETTLED).scalar_one())
-            found = connection.exec_driver_sql(postgres_reader.WHOLE, (user_id,))
-        else:
-            settled = connection.exec_driver_sql(sqlite_reader.STATE).one()[2] + 1
-            found = connection.exec_driver_sql(sqlite_reader.WHOLE, (user_id,))
-        columns: list[list[Any]] = [[] for _ in range(8)]
-        # In parts, for each is worked on without letting the event loop in between.
-        for rows in found.partitions(ROWS_AT_A_TIME):
-            for column, values in zip(columns, zip(*rows, strict=True), strict=True):
-                column.extend(values)
-            if engine.dialect.name == "sqlite":
-                written = columns[7][-len(rows) :]
-                columns[7][-len(rows) :] = np.array(written, "datetime64[us]").astype(np.int64).tolist()
-    return Whole(settled, *columns)
+    database = postgres_reader if engine.dialect.name == "postgresql" else sqlite_reader
+    parts: list[Columns] = []
+    taken_back: list[int] = []
+    with reading(engine) as connection:
+        settled: int = connection.exec_driver_sql(database.SETTLED).scalar_one()
+        for columns in database.parts(connection, user_id, needs_values):
+            marks, positions, item_ids, types, times, values = map(from_json, columns)
+            occurred_at = np.array(times, "datetime64[us]").astype(np.int64)
+            amounts = [None if value is None else float(value) for value in values] if needs_values else None
+            parts.append(
+                Columns(np.array(marks, np.int64), np.array(positions, np.int64), item_ids, types, amounts, occurred_at)
+            )
+        if any(RETRACT in part.types for part in parts):
+            taken_back = list(connection.scalars(_TAKEN_BACK, {"user_id": user_id}))
+    return Whole(settled, parts, taken_back)

@@ -12,6 +12,8 @@ Asked = tuple[str, int | None]
 NOTHING_LATE = frozenset[int]()
 # More events than this are not read within a look.
 MOST_EVENTS = 1_000
+# Whole histories come in parts of so many events, for each is worked on without letting the event loop in between.
+PART = 1_000
 
 
 class Row(NamedTuple):
@@ -45,18 +47,23 @@ class Look(NamedTuple):
     begun: dict[str, Events]  # of the users all of whose events were wanted; those with too many are not named
 
 
+class Columns(NamedTuple):
+    """Some events of one user, in any order."""
+
+    marks: npt.NDArray[np.int64]
+    positions: npt.NDArray[np.int64]
+    item_ids: Sequence[str]
+    types: Sequence[str]
+    values: Sequence[float | None] | None  # None where nobody asked for them
+    occurred_at: npt.NDArray[np.int64]
+
+
 class Whole(NamedTuple):
-    """All events of one user in order of time, as columns."""
+    """All events of one user, in parts."""
 
     settled: int
-    marks: list[int]
-    positions: list[int]
-    event_ids: list[str]
-    item_ids: list[str]
-    types: list[str]
-    values: list[float | None]
-    retracts: list[str | None]
-    occurred_at: list[int]
+    parts: list[Columns]
+    taken_back: list[int]  # positions of those that another one takes back
 
 
 def in_order(events: Events, positions: npt.NDArray[np.int64]) -> Events:

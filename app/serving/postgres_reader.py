@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import psycopg
 from psycopg import pq
-from sqlalchemy.engine import Engine
+from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.exc import DatabaseError, OperationalError
 
 from app.database import driver_connection
-from app.serving.looks import MOST_EVENTS, NOTHING_LATE, Asked, Events, Look, Row, in_order
+from app.serving.looks import MOST_EVENTS, NOTHING_LATE, PART, Asked, Events, Look, Row, in_order
 
 ANSWER_SECONDS = 5.0
 _MICROSECONDS = "(extract(epoch FROM occurred_at) * 1000000)::bigint"
@@ -44,9 +44,10 @@ _ALL = f"""
 """  # noqa: S608 - our own names
 _EPOCH = 946_684_800_000_000  # microseconds from 1970 to its own beginning of time, 2000
 SETTLED = "SELECT pg_snapshot_xmin(pg_current_snapshot())::text::bigint"
-WHOLE = f"""
-    SELECT transaction_id, position, event_id, item_id, type, value, retracts, {_MICROSECONDS} FROM events
-    WHERE user_id = %s ORDER BY occurred_at, position
+_PARTS = f"""
+    SELECT json_agg(transaction_id)::text, json_agg(position)::text, json_agg(item_id)::text, json_agg(type)::text,
+        json_agg({_MICROSECONDS})::text, {{values}}
+    FROM (SELECT *, row_number() OVER () / {PART} AS part FROM events WHERE user_id = %s) AS own GROUP BY part
 """  # noqa: S608 - our own names
 # The plan never changes: two steps down an index for each user, whatever the statistics say.
 _SETTINGS = ("jit = off", "plan_cache_mode = force_generic_plan", "enable_seqscan = off", "enable_bitmapscan = off")
@@ -139,6 +140,12 @@ class PostgresReader:
     def close(self) -> None:
         self._stop_listening()
         self._connection.close()
+
+
+def parts(connection: Connection, user_id: str, needs_values: bool) -> Iterator[Sequence[str]]:
+    """All events of a user in parts: marks, positions, items, types, times, and values if asked for, each as JSON."""
+    statement = _PARTS.format(values="json_agg(value)::text" if needs_values else "'[]'")
+    yield from connection.exec_driver_sql(statement, (user_id,))
 
 
 def _array(user_ids: Sequence[str]) -> bytes:

@@ -167,12 +167,13 @@ class Service:
             if not self.migrated:
                 return
         self.catalog.follow(connection)
-        self.active_models.follow_catalog()
+        self.active_models.keep_up(self.histories.items)
         self.histories.forget_erased()
         self.popularity.poll(connection)
         self.activity.poll(connection)
         self.latest.poll()
         self.active_models.poll(connection)
+        self.active_models.keep_up(self.histories.items)
 
     def _follow(self) -> None:
         while not self._stopping.wait(self.settings.model_poll_seconds):
@@ -202,9 +203,7 @@ def build_service(settings: Settings) -> Service:
         retrieval_from=settings.retrieval_from,
         on_ranked=lambda way: by_way[way].inc(),
     )
-    histories = Histories(
-        engine, catalog, settings.event_meanings, settings.max_history, on_catalog=active_models.follow_catalog
-    )
+    histories = Histories(engine, catalog, settings.event_meanings, settings.max_history, on_news=active_models.keep_up)
     popularity = Popularity(settings.event_meanings, catalog)
     activity = Activity(settings.event_meanings, catalog)
     latest = Latest(catalog)

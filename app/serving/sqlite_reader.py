@@ -1,17 +1,17 @@
 """Reads histories from SQLite on the caller's thread: pages in memory are found sooner than threads change."""
 
 import sqlite3
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import numpy as np
 from pydantic_core import from_json
-from sqlalchemy.engine import Engine
+from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.exc import DatabaseError, OperationalError
 
 from app.database import driver_connection
-from app.serving.looks import MOST_EVENTS, NOTHING_LATE, Asked, Events, Look, Row, in_order
+from app.serving.looks import MOST_EVENTS, NOTHING_LATE, PART, Asked, Events, Look, Row, in_order
 from app.tables import BLOCK_BITS
 
 # A reader that must wait holds up the event loop; only another process's crash makes it wait.
@@ -22,7 +22,7 @@ TIME_LENGTH = 26  # of a time as `UtcDateTime` keeps it
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND = timedelta(microseconds=1)
 
-STATE = (
+_STATE = (
     "SELECT (SELECT changes FROM catalog_state), (SELECT max(sequence) FROM erasures),"
     " (SELECT coalesce(max(position), 0) FROM events)"
 )
@@ -35,10 +35,13 @@ _ALL = f"""
     FROM events WHERE position IN (SELECT position FROM events WHERE user_id = ? LIMIT {MOST_EVENTS + 1})
 """  # noqa: S608 - our own names
 _VALUES = "json_group_array(iif(value IS NULL, NULL, printf('%!.17g', value)))"
-WHOLE = (
-    "SELECT position, position, event_id, item_id, type, value, retracts, occurred_at FROM events"
-    " WHERE user_id = ? ORDER BY occurred_at, position"
-)
+SETTLED = "SELECT coalesce(max(position), 0) + 1 FROM events"
+_POSITIONS = "SELECT json_group_array(position) FROM events WHERE user_id = ?"
+_PART = """
+    SELECT json_group_array(position), json_group_array(position), json_group_array(item_id), json_group_array(type),
+        json_group_array(occurred_at), {values}
+    FROM events WHERE position IN (SELECT value FROM json_each(?))
+"""
 
 
 class SqliteReader:
@@ -55,7 +58,7 @@ class SqliteReader:
         try:
             execute("BEGIN")
             try:
-                changes, erasure, newest = execute(STATE).fetchone()
+                changes, erasure, newest = execute(_STATE).fetchone()
                 for user_id, since in asked:
                     if since is None:
                         events = _events(*execute(self._all, (user_id,)).fetchone())
@@ -108,6 +111,14 @@ def _events(
     if (occurred_at[1:] > occurred_at[:-1]).all():
         return events
     return in_order(events, np.array(from_json(f"[{positions}]"), np.int64))
+
+
+def parts(connection: Connection, user_id: str, needs_values: bool) -> Iterator[Sequence[str]]:
+    """All events of a user in parts: marks, positions, items, types, times, and values if asked for, each as JSON."""
+    statement = _PART.format(values=_VALUES if needs_values else "'[]'")
+    positions = sorted(from_json(connection.exec_driver_sql(_POSITIONS, (user_id,)).scalar_one()))
+    for first in range(0, len(positions), PART):
+        yield connection.exec_driver_sql(statement, (str(positions[first : first + PART]),)).one()
 
 
 def _microseconds(written: str) -> int:

@@ -11,6 +11,7 @@ from fastapi.testclient import TestClient
 from sqlalchemy.engine import Engine
 
 from app.main import create_app
+from app.serving import ranking
 from app.serving.diversity import CategoryCap
 from app.serving.exploration import Affinity, seed_of
 from app.serving.filters import CategoryFilter
@@ -209,7 +210,9 @@ def test_unseen_items_fill_what_the_version_cannot(client: TestClient, publish: 
 
 
 @pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
-def test_looking_at_many_unseen_items_is_not_quick(client: TestClient, publish: Any) -> None:
+def test_looking_at_many_unseen_items_is_not_quick(
+    client: TestClient, publish: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     publish("v1", ITEMS)
     ranker = client.app.state.service.ranker  # type: ignore[attr-defined]
     rare = Query(categories=CategoryFilter(all=frozenset(["rare"])))
@@ -219,3 +222,6 @@ def test_looking_at_many_unseen_items_is_not_quick(client: TestClient, publish: 
         ask(client)
         # The list of a category may end in any of them; that of all items does not come so far.
         assert (ranker.is_quick(rare), ranker.is_quick(Query())) == (quick, True)
+    # Nor does it matter to it how many items the catalogue has that the version does not know.
+    monkeypatch.setattr(ranking, "QUICK_CATALOG", 10)
+    assert (ranker.is_quick(rare), ranker.is_quick(Query())) == (False, True)

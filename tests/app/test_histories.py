@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+import threading
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -17,6 +18,7 @@ from app.serving.catalog import Catalog
 from app.serving.event_store import store_events
 from app.serving.histories import Histories
 from app.serving.history import History
+from app.serving.looks import MOST_EVENTS, Whole
 from app.serving.new_events import NewEvent
 from app.tables import BLOCK_BITS, events
 from ml.snapshots import DEFAULT_MEANINGS, EventMeaning
@@ -174,6 +176,59 @@ def test_requests_for_one_user_at_the_same_time(engine: Engine, workers: list[Wo
         ("item-2",),
         ("item-1",),
     ]
+
+
+def long_history(user_id: str) -> list[NewEvent]:
+    """More events than a look reads, in no order of time, over several parts, one of each taken back."""
+    chance = random.Random(1)
+    times = [START + timedelta(seconds=chance.randrange(1_000)) for _ in range(2 * MOST_EVENTS + 100)]
+    kinds = chance.choices(["click", "rating", "impression", "dislike"], k=len(times))
+    rated = [
+        event(
+            user_id, number, type=kind, value=chance.choice([1.0, 5.0]) if kind == "rating" else None, occurred_at=time
+        )
+        for number, (kind, time) in enumerate(zip(kinds, times, strict=True))
+    ]
+    taken_back = [
+        event(user_id, 10_000 + number, item_id=None, type="retract", retracts=f"event-{number}")
+        for number in range(0, len(rated), MOST_EVENTS)
+    ]
+    return [*rated, *taken_back]
+
+
+def test_a_long_history(engine: Engine, workers: list[Worker]) -> None:
+    store(engine, *long_history("anna"))
+    check(engine, workers[0], "anna")
+    store(engine, event("anna", 20_000), event("anna", 20_001, item_id=None, type="retract", retracts="event-1"))
+    check(engine, workers[0], "anna")
+
+
+def test_others_are_answered_while_a_long_history_is_read(
+    engine: Engine, workers: list[Worker], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store(engine, *long_history("anna"), event("ben", 1))
+    read_whole, others_answered = histories.read_whole, threading.Event()
+
+    def read_late(*arguments: Any) -> Whole:
+        assert others_answered.wait(30)
+        return read_whole(*arguments)
+
+    monkeypatch.setattr(histories, "read_whole", read_late)
+
+    async def together() -> None:
+        anna = asyncio.create_task(worker.histories.read("anna"))
+        for number in range(3):
+            ben = await worker.histories.read("ben")
+            assert ben is not None
+            assert len(ben.item_ids) == number + 1
+            await asyncio.to_thread(store, engine, event("ben", 100 + number))
+        assert not anna.done()
+        others_answered.set()
+        await anna
+
+    worker = workers[0]
+    worker.runner.run(together())
+    check(engine, worker, "anna", "ben")
 
 
 def test_memory_is_bounded(engine: Engine, workers: list[Worker]) -> None:
