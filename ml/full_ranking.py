@@ -77,9 +77,10 @@ def _first_of_many(scores: Tensor, k: int) -> Indices:
     rest = highest[:, : size - whole]
     torch.maximum(rest, scores[:, whole:], out=rest)
     floors = np.partition(highest.numpy(), classes - k, axis=1)
-    if np.isnan(floors[:, -1]).any():  # the highest of all to partition
+    highest_of_all = floors[:, classes - k :]
+    if np.isnan(highest_of_all).any():  # the highest of all to partition, in any order
         raise ScoresNotNumbers
-    lowest = np.maximum(floors[:, classes - k], np.finfo(np.float32).min)
+    lowest = np.maximum(highest_of_all[:, 0], np.finfo(np.float32).min)
     found = np.flatnonzero(values >= lowest[:, None])
     row, item = np.divmod(found, size)
     counts = np.bincount(row, minlength=rows)

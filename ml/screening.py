@@ -143,9 +143,8 @@ def best_of_each(scores: Floats, k: int) -> tuple[Indices, Floats]:
     rows = found // count
     found = found[np.lexsort((found, -own, rows))]  # the rows stay where they are
     places = np.arange(len(found)) - np.searchsorted(rows, np.arange(batch))[rows]
-    if len(found) > batch * k:  # ties at the end of a list
-        inside = places < k
-        found, rows, places = found[inside], rows[inside], places[inside]
+    inside = places < k  # but for ties at the end of a list
+    found, rows, places = found[inside], rows[inside], places[inside]
     items[rows, places], values[rows, places] = found - rows * count, flat[found]
     return items, values
 

@@ -208,3 +208,8 @@ def test_the_best_of_each_row() -> None:
     assert items.tolist() == [[1, 3, 5, 0, 4, -1, -1], [3, 0, 5, -1, -1, -1, -1]]
     assert values[1].tolist() == [5, 0, 0] + [-np.inf] * 4
     assert best_of_each(scores[:, :0], 2)[0].tolist() == [[-1, -1]] * 2
+    # One list with a tie at its end beside one that is short.
+    scores[0] = [1, 3, 3, 3, 0, 3]
+    assert best_of_each(scores, 3)[0].tolist() == [[1, 2, 3], [3, 0, 5]]
+    scores[1, 5] = -np.inf
+    assert best_of_each(scores, 3)[0].tolist() == [[1, 2, 3], [3, 0, -1]]
