@@ -1,6 +1,6 @@
 """Evaluation: rank the catalogue for every user with something held out, in batches, and measure."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,12 +10,12 @@ from torch import Tensor
 
 from ml.distributed import ALONE, Processes
 from ml.full_ranking import counts_of_ranked, first_items, ranks_of, take_out
-from ml.held_out import batches, held_out
+from ml.held_out import HeldOut, batches, held_out
 from ml.interactions import Interactions
 from ml.metrics import ABSENT, Floats, Ranks, confidence_intervals, per_user
 from ml.models import Popularity, PopularityConfig
-from ml.quick_look import users_within_reach
-from ml.recommender import Ranker, Recommender
+from ml.quick_look import QuickLook, quick_look
+from ml.recommender import Indices, Ranker, Recommender
 
 CUTOFFS = (5, 10, 20, 50)
 # Scores held at once: 16 MiB of float32 stay near the processor's cache and bound memory at any catalogue.
@@ -86,13 +86,10 @@ def evaluate(
     left_out = None if candidates is None else torch.from_numpy(~candidates).to(recommender.device)
     shown = np.zeros((len(cutoffs), size), np.bool_)
     ranks, sizes = np.full(len(found.items), ABSENT), np.zeros(len(found.users), np.int64)
-    places = np.arange(len(found.users))
-    if lists_only and not negatives:
-        places = users_within_reach(recommender, found, candidates, depth, _BATCH_SCORES)
-    for batch in batches(places, max(1, _BATCH_SCORES // size)):
+    look = quick_look(recommender, found, candidates, depth) if lists_only and not negatives else None
+    for batch, encoded in _encoded(recommender, found, look):
         rows, own = found.targets(batch)
         with torch.inference_mode():
-            encoded = recommender.encode_windows(*found.queries(batch, recommender.window_length))
             scores = recommender.score_all(encoded)
             take_out(scores, *found.seen(batch))
             if left_out is not None:
@@ -120,6 +117,19 @@ def evaluate(
             metrics[f"coverage@{k}"] = float(shown[level].sum() / max(catalogue, 1))
     repeated, unknown = processes.sum_number(found.repeated), processes.sum_number(found.unknown_users)
     return Evaluation(metrics, by_user, users, len(ranks), repeated, unknown)
+
+
+def _encoded(recommender: Ranker, found: HeldOut, look: QuickLook | None) -> Iterator[tuple[Indices, Tensor]]:
+    """Whom to rank for, some at a time: their places in `found`, and what the recommender knows of them."""
+    ranked_at_once = max(1, _BATCH_SCORES // found.history.num_items)
+    looked_at_once = ranked_at_once if look is None else max(1, _BATCH_SCORES // look.scores_each)
+    for batch in batches(len(found.users), looked_at_once):
+        encoded = recommender.encode_windows(*found.queries(batch, recommender.window_length))
+        if look is not None:
+            within = look.within_reach(batch, encoded)
+            batch, encoded = batch[within], encoded[torch.from_numpy(within).to(encoded.device)]
+        for part in batches(len(batch), ranked_at_once):
+            yield batch[part], encoded[part[0] : part[-1] + 1]
 
 
 def popularity_of(train: Interactions, processes: Processes = ALONE) -> Recommender:

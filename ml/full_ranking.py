@@ -50,7 +50,7 @@ def ranks_of(scores: Tensor, rows: Indices, items: Indices) -> Indices:
         above, at_least = _counts_by_sorting(scores, row, own)
     tied = torch.nonzero((at_least > above + 1) & (own > _NEVER)).flatten()
     places = torch.arange(scores.shape[1], device=scores.device)
-    for part in torch.split(tied, len(scores)):
+    for part in torch.split(tied, len(scores)) if len(tied) else ():
         same = scores[row[part]] == own[part].unsqueeze(1)
         above[part] += (same & (places < item[part].unsqueeze(1))).sum(1)
     above[own == _NEVER] = ABSENT

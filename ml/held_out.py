@@ -69,10 +69,10 @@ def held_out(
     return HeldOut(history, users, asked, counts, items, distinct - len(pairs), unknown, keep_history)
 
 
-def batches(places: Indices, step: int) -> Iterator[Indices]:
-    """Split places into parts of at most so many."""
-    for first in range(0, len(places), step):
-        yield places[first : first + step]
+def batches(number: int, step: int) -> Iterator[Indices]:
+    """Split so many places, from 0 on, into parts of at most `step`."""
+    for first in range(0, number, step):
+        yield np.arange(first, min(first + step, number))
 
 
 def _pairs(interactions: Interactions) -> Indices:
