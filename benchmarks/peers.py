@@ -51,6 +51,7 @@ def run_recbole(
     *,
     hours: float = math.inf,
     seed: int = 0,
+    time_rankings: bool = False,
 ) -> dict[str, Any]:
     """Train one of RecBole's models on written files; returns what recbole_peer.py printed.
 
@@ -58,6 +59,7 @@ def run_recbole(
     """
     command = [python, str(RECBOLE), "--data", str(folder), "--model", model]
     command += ["--settings", json.dumps(settings), "--epochs", str(epochs), "--hours", str(hours), "--seed", str(seed)]
+    command += ["--time-rankings"] * time_rankings
     # RecBole writes logs and boards beside it; they go where the files are.
     kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     finished = subprocess.run(command, cwd=folder, env=kept, capture_output=True, text=True, check=False)

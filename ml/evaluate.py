@@ -20,6 +20,8 @@ from ml.recommender import Indices, Ranker, Recommender
 CUTOFFS = (5, 10, 20, 50)
 # Scores held at once: 16 MiB of float32 stay near the processor's cache and bound memory at any catalogue.
 _BATCH_SCORES = 1 << 22
+# Users encoded at once: what a model computes on the way stays near the cache, too.
+_MOST_ENCODED = 1000
 _NEVER = float("-inf")
 
 
@@ -122,7 +124,7 @@ def evaluate(
 def _encoded(recommender: Ranker, found: HeldOut, look: QuickLook | None) -> Iterator[tuple[Indices, Tensor]]:
     """Whom to rank for, some at a time: their places in `found`, and what the recommender knows of them."""
     ranked_at_once = max(1, _BATCH_SCORES // found.history.num_items)
-    looked_at_once = ranked_at_once if look is None else max(1, _BATCH_SCORES // look.scores_each)
+    looked_at_once = ranked_at_once if look is None else max(1, min(_MOST_ENCODED, _BATCH_SCORES // look.scores_each))
     for batch in batches(len(found.users), looked_at_once):
         encoded = recommender.encode_windows(*found.queries(batch, recommender.window_length))
         if look is not None:

@@ -46,8 +46,12 @@ class HeldOut:
 
     def seen(self, batch: Indices) -> tuple[Indices, npt.NDArray[np.int32]]:
         """What is not ranked for some users: rows in the batch, and items."""
-        rows, places = _rows_between(self.history.offsets, self.users[:0] if self.keep_history else self.users[batch])
-        return rows, self.history.item_index[places]
+        users, history = self.users[batch[:0] if self.keep_history else batch], self.history
+        if len(users) and users[-1] - users[0] + 1 == len(users):  # one after the other, and so are their rows
+            rows = slice(history.offsets[users[0]], history.offsets[users[-1] + 1])
+            return history.user_index[rows] - users[0], history.item_index[rows]
+        numbers, places = _rows_between(history.offsets, users)
+        return numbers, history.item_index[places]
 
 
 def held_out(

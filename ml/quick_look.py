@@ -34,7 +34,7 @@ class QuickLook:
     def __init__(self, recommender: Ranker, held_out: HeldOut, popular: Indices, depth: int) -> None:
         self._recommender, self._held_out, self._depth = recommender, held_out, depth
         self._popular = popular
-        self._column = np.full(held_out.history.num_items, -1)
+        self._column = np.full(held_out.history.num_items, -1, np.int32)
         self._column[popular] = np.arange(len(popular))
 
     @property
@@ -50,8 +50,8 @@ class QuickLook:
         margin = _MARGIN * np.maximum(largest, np.where(np.isfinite(best), np.abs(best), 0))
         rows, items = self._held_out.seen(batch)
         columns = self._column[items]
-        among = columns >= 0
-        scores[rows[among], columns[among]] = -np.inf
+        among = np.flatnonzero(columns >= 0)
+        scores.reshape(-1)[rows[among] * scores.shape[1] + columns[among]] = -np.inf
         # Scores that are not numbers are above nothing here, so that their user is ranked, and refused.
         is_beyond: Mask = np.count_nonzero(scores > (best + margin)[:, None], axis=1) >= self._depth
         return ~is_beyond
