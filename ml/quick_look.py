@@ -9,7 +9,7 @@ from ml.recommender import Indices, Ranker
 
 # Popular items to look at: so many for each place in a list, and this share of the catalogue at least.
 _FOR_EACH_PLACE = 8
-_LEAST_SHARE = 1 / 16
+_LEAST_SHARE = 1 / 32
 # Scores of the same pair may differ by rounding from one computation to another; this share of the largest score is
 # hundreds of times as much. What is closer than that decides nothing here.
 _MARGIN = 1e-3
