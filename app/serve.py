@@ -1,6 +1,5 @@
 """`shortlist serve`: migrate, check that the address is safe, and answer requests; the training worker runs beside."""
 
-import gc
 import http
 import http.client
 import os
@@ -19,6 +18,7 @@ from fastapi import FastAPI
 from sqlalchemy.exc import SQLAlchemyError
 from uvicorn.supervisors import Multiprocess
 
+from app import garbage
 from app.database import create_engine, is_outage, outage_reason
 from app.embedded_worker import EmbeddedWorker
 from app.main import create_app
@@ -30,8 +30,6 @@ from app.telemetry import MULTIPROCESS_VARIABLE, configure_logging
 # Requests under way when the service is told to stop get this long; a stream of progress would never end.
 GRACE_SECONDS = 10
 PARENT_POLL_SECONDS = 1.0
-# Objects more than before, and younger collections, from which on garbage is looked for; by default 700, 10 and 10.
-GARBAGE_THRESHOLDS = (20_000, 20, 20)
 ANSWER_POLL_SECONDS = 0.1
 
 
@@ -91,18 +89,8 @@ def served_app() -> FastAPI:
     configure_logging(settings)
     threading.Thread(target=_end_with, args=(os.getppid(),), name="parent", daemon=True).start()
     app = create_app(settings)
-    _settle_memory()
+    garbage.settle()
     return app
-
-
-def _settle_memory() -> None:
-    """Keep what stays for good, modules above all, out of garbage collections: a full one holds up every request.
-
-    What requests leave behind hardly ever refers to itself: looking for that every few requests finds nothing.
-    """
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(*GARBAGE_THRESHOLDS)
 
 
 def _end_with(parent: int) -> None:
@@ -202,5 +190,5 @@ class _Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         if self.started:
-            _settle_memory()
+            garbage.settle()
             self._on_ready()

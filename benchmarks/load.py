@@ -1,12 +1,11 @@
 """A load tool: requests made beforehand, sent over connections that stay open, with as little work as can be.
 
-`closed` keeps every connection busy; `held` sends at a set rate and counts the time that a request waited for its turn,
-so that a server that stalls is not excused by the requests it kept from being sent.
+`closed` keeps every connection busy; `held_load` sends at a set rate.
 """
 
 import asyncio
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -132,57 +131,6 @@ async def closed(
     for connection in opened:
         next_one(connection)
     await done
-    result.seconds = time.perf_counter() - began
-    _close(opened)
-    return result
-
-
-async def held(
-    port: int, requests: Iterator[bytes], rate: float, seconds: float, connections: int = 32, seen: Seen | None = None
-) -> Result:
-    """Send `rate` requests a second whatever becomes of them; a request's time counts from when it was due."""
-    result = Result()
-    free: list[_Connection] = []
-    queue: list[tuple[float, bytes]] = []
-    lost: list[Exception] = []
-
-    def next_one(connection: _Connection) -> None:
-        if connection.lost is not None:
-            if connection in free:  # servers close connections that are idle for some seconds
-                free.remove(connection)
-            else:
-                lost.append(connection.lost)
-        elif queue:
-            due, request = queue.pop(0)
-            connection.send(request, due)
-        else:
-            free.append(connection)
-
-    opened = await _connections(port, connections, result, next_one, seen)
-    free.extend(opened)
-    began = time.perf_counter()
-    total = int(rate * seconds)
-    # Gaps as independent callers leave them: exponential ones.
-    gaps = np.random.default_rng(0).exponential(1 / rate, total)
-    dues = began + np.cumsum(gaps)
-    for due in dues.tolist():
-        while (wait := due - time.perf_counter()) > 0:
-            await asyncio.sleep(wait if wait > 0.001 else 0)
-            if lost:
-                raise lost[0]
-        request = next(requests)
-        if not free and len(opened) < 10 * connections:
-            fresh = await _connections(port, 1, result, next_one, seen)
-            opened += fresh
-            free += fresh
-        if free:
-            free.pop().send(request, due)
-        else:
-            queue.append((due, request))
-    while result.requests < total and not lost:
-        await asyncio.sleep(0.001)
-    if lost:
-        raise lost[0]
     result.seconds = time.perf_counter() - began
     _close(opened)
     return result

@@ -190,14 +190,11 @@ class Cores:
         return cls(available[0], available[1]) if len(available) > 1 else cls(None, None)
 
 
-def measure_limits(world: World, cores: Cores, folder: Path) -> None:
+def measure_limits(world: World, yardstick: Server, cores: Cores, folder: Path) -> None:
     """Evenness, swaps, agreement and start."""
-    users = world.chance.permutation(world.num_users)[:1_500]
-    gets = world.gets(users)
-    run(load.closed(world.server.port, gets, CONNECTIONS))
-    full = run(load.closed(world.server.port, gets * 2, CONNECTIONS)).rate
-    median, late = serving_limits.evenness(world.server.port, gets, full / 2)
-    show(f"p99_to_median_at_half_{world.name}", late / median, must=4, reach=4, digits=2)
+    for kind, ratio in serving_limits.evenness(world, yardstick):
+        show(f"p99_to_median_at_half_{kind}_{world.name}", ratio, must=4, reach=4, digits=2)
+    gets = world.gets(world.chance.permutation(world.num_users)[:1_500])
     engine = create_engine(world.settings.resolved_database_url)
     # A process that looks for another version more often than one is made active.
     with served.serving(world.settings, cores.worker, folder / "second.log", model_poll_seconds=0.1) as second:
@@ -255,7 +252,7 @@ def main() -> None:
             if "posts" in parts:
                 measure_posts(world, yardstick, options.rounds)
             if "limits" in parts:
-                measure_limits(world, cores, folder)
+                measure_limits(world, yardstick, cores, folder)
             if "mixed" in parts:
                 measure_mixed_load(world, options.minutes, options.rate)
             if "neumf" in parts:

@@ -10,7 +10,7 @@ from app.serving.exploration import Draw
 from app.serving.query import Query
 from app.serving.ranked_lists import Source
 from app.serving.reasons import Reason
-from app.serving.recommendation_log import Shown
+from app.serving.recommendation_log import Row, Shown
 
 # What is listed, with scores; None where nothing could score an item.
 Items = Sequence[tuple[str, float | None]]
@@ -88,7 +88,7 @@ class Answer(NamedTuple):
     middle: bytes
     end: bytes
     goes_on: bytes | None
-    shown: Shown
+    row: Row  # of the log
 
     @classmethod
     def of(cls, ranking: Ranking, policy: str, filters: dict[str, Any]) -> "Answer":
@@ -122,7 +122,7 @@ class Answer(NamedTuple):
             propensities=propensities,
             explorations=explorations,
         )
-        return cls(opening, b'",' + to_json(values)[1:-1] + b',"next_cursor":', end, ranking.goes_on, shown)
+        return cls(opening, b'",' + to_json(values)[1:-1] + b',"next_cursor":', end, ranking.goes_on, shown.as_row())
 
     def body(self, recommendation_id: str, cursor: str | None) -> bytes:
         """The answer as JSON."""

@@ -93,5 +93,5 @@ class Charts:
 
     def _record(self, chart: Chart, surface: Surface, query: ChartQuery) -> None:
         filters = {"k": query.k, "window_hours": query.window_hours, **query.categories.as_logged()}
-        shown = shown_to_nobody(surface, chart.source, chart.items, filters, len(chart.items))
-        self._log.add(chart.recommendation_id, shown)
+        row = shown_to_nobody(surface, chart.source, chart.items, filters, len(chart.items))
+        self._log.add(chart.recommendation_id, row)

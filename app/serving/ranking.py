@@ -127,7 +127,7 @@ class Ranker:
     def _sent(self, answer: Answer, id_: bytes, list_id: bytes | None = None) -> bytes:
         """The answer with an id and a cursor of its own; goes to the log."""
         recommendation_id = _written(id_)
-        self._log.add(recommendation_id, answer.shown)
+        self._log.add(recommendation_id, answer.row)
         cursor = None if answer.goes_on is None else self._cursors.write(list_id or id_, answer.goes_on)
         return answer.body(recommendation_id, cursor)
 

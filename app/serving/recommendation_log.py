@@ -7,9 +7,8 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from functools import cached_property
 from random import getrandbits
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import psycopg
 import sqlalchemy as sa
@@ -30,14 +29,23 @@ QUEUE_LENGTH = 20_000
 BATCH_LENGTH = 500
 # Rows wait at most this long, so that many share one transaction and feedback finds the database free.
 GATHER_SECONDS = 0.2
+# Between so many rows the thread sleeps: on one core it would otherwise go on for milliseconds while requests wait.
+PIECE_LENGTH = 64
+PAUSE_SECONDS = 0.001
+# From so many rows on it does not: then there are more than it could write with pauses.
+NO_PAUSE_FROM = 2_000
 RETRY_SECONDS = 1.0
 # An answer that waits longer than this, through an outage of the database, is dropped rather than kept past an erasure.
 ERASURES_REMEMBERED = timedelta(hours=1)
 
 
-@dataclass
+# What the log keeps of an answer but its id and time, as its columns take it: nothing that refers to anything else.
+Row: TypeAlias = tuple[str | int | None, ...]
+
+
+@dataclass(slots=True)
 class Shown:
-    """What was shown, once or several times: all that the log keeps of an answer but its id and time."""
+    """What was shown, once or several times."""
 
     user_id: str
     surface: str
@@ -54,9 +62,7 @@ class Shown:
     experiment: str | None = None
     variant: str | None = None
 
-    @cached_property
-    def values(self) -> tuple[Any, ...]:
-        """The values of the columns that are the same each time."""
+    def as_row(self) -> Row:
         return tuple([_json(getattr(self, name)) if name in JSON_COLUMNS else getattr(self, name) for name in SHOWN])
 
 
@@ -69,12 +75,17 @@ class Logged(NamedTuple):
 
     recommendation_id: str
     created_at: datetime
-    shown: Shown
+    row: Row
+
+    @property
+    def user_id(self) -> str:
+        return str(self.row[_USER])
 
 
 OWN = ("recommendation_id", "created_at")
 SHOWN = tuple(column.name for column in recommendation_log.columns if column.name not in OWN)
 COLUMNS = (*OWN, *SHOWN)
+_USER = SHOWN.index("user_id")
 JSON_COLUMNS = frozenset(column.name for column in recommendation_log.columns if isinstance(column.type, sa.JSON))
 _INSERT = f"INSERT INTO recommendation_log ({', '.join(COLUMNS)}) VALUES ({', '.join('?' * len(COLUMNS))})"  # noqa: S608
 _COPY = f"COPY recommendation_log ({', '.join(COLUMNS)}) FROM STDIN"
@@ -96,9 +107,9 @@ def shown_to_nobody(
     filters: dict[str, Any],
     candidate_count: int,
     model_version: str | None = None,
-) -> Shown:
+) -> Row:
     """An answer for nobody in particular, by chance in no part."""
-    return Shown(
+    shown = Shown(
         user_id=NOBODY,
         surface=surface,
         policy="model" if model_version is not None else source,
@@ -112,6 +123,7 @@ def shown_to_nobody(
         propensities=[1.0] * len(items),
         explorations=[False] * len(items),
     )
+    return shown.as_row()
 
 
 class RecommendationLog:
@@ -137,11 +149,11 @@ class RecommendationLog:
         if self._thread.is_alive():
             self._thread.join()
 
-    def add(self, recommendation_id: str, shown: Shown) -> None:
+    def add(self, recommendation_id: str, row: Row) -> None:
         if len(self._waiting) >= self._length:
             self._on_lost(1)
             return
-        self._waiting.append(Logged(recommendation_id, datetime.now(UTC), shown))
+        self._waiting.append(Logged(recommendation_id, datetime.now(UTC), row))
         if not self._wake.is_set():
             self._wake.set()
 
@@ -182,7 +194,10 @@ class RecommendationLog:
                 # Now rather than at the insert: what is erased from here on waits for these rows, and takes them too.
                 connection.execute(sa.text("LOCK TABLE recommendation_log IN ROW EXCLUSIVE MODE"))
             if kept := self._without_erased(connection, batch):
-                _insert(connection, kept)
+                for start in range(0, len(kept), PIECE_LENGTH):
+                    _insert(connection, kept[start : start + PIECE_LENGTH])
+                    if len(self._waiting) < NO_PAUSE_FROM:
+                        time.sleep(PAUSE_SECONDS)
 
     def _without_erased(self, connection: Connection, batch: list[Logged]) -> list[Logged]:
         kinds = erasures.c.kind, erasures.c.subject_sha256, erasures.c.erased_at, erasures.c.sequence
@@ -203,7 +218,7 @@ class RecommendationLog:
         return [
             logged
             for logged in batch
-            if (at := erased_at.get(subject_sha256(logged.shown.user_id))) is None or at < logged.created_at
+            if (at := erased_at.get(subject_sha256(logged.user_id))) is None or at < logged.created_at
         ]
 
 
@@ -214,14 +229,14 @@ def _insert(connection: Connection, batch: list[Logged]) -> None:
         if connection.dialect.name == "sqlite":
             rows = [
                 # The time as `UtcDateTime` keeps it: without the zone.
-                (recommendation_id, created_at.isoformat(" ", "microseconds")[:26], *shown.values)
-                for recommendation_id, created_at, shown in batch
+                (recommendation_id, created_at.isoformat(" ", "microseconds")[:26], *row)
+                for recommendation_id, created_at, row in batch
             ]
             driver.executemany(_INSERT, rows)
         else:
             with driver.cursor() as cursor, cursor.copy(_COPY) as copy:
-                for recommendation_id, created_at, shown in batch:
-                    copy.write_row((recommendation_id, created_at, *shown.values))
+                for recommendation_id, created_at, row in batch:
+                    copy.write_row((recommendation_id, created_at, *row))
     except (sqlite3.Error, psycopg.Error) as error:
         away = isinstance(error, sqlite3.OperationalError | psycopg.OperationalError)
         raise (OperationalError if away else DatabaseError)(_INSERT, None, error) from error

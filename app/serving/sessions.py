@@ -98,5 +98,5 @@ class Sessions:
         items = [(item_id, score) for item_id, score in found.items if score is not None]
         filters = {**query.as_logged(), "session_length": length}
         version = None if active is None else active.version
-        shown = shown_to_nobody("sessions", found.source, items, filters, candidate_count, version)
-        self._log.add(found.recommendation_id, shown)
+        row = shown_to_nobody("sessions", found.source, items, filters, candidate_count, version)
+        self._log.add(found.recommendation_id, row)

@@ -141,7 +141,7 @@ def test_an_answer_that_enters_the_log_meanwhile_does_not_outlive_its_user(engin
 
     sa.event.listen(engine, "after_cursor_execute", erase_in_between)
     log.start()
-    log.add("1", Shown(**shown, model_version=None, feedback_through=None))  # type: ignore[arg-type]
+    log.add("1", Shown(**shown, model_version=None, feedback_through=None).as_row())  # type: ignore[arg-type]
     log.stop()
     eraser.join(30)
     with engine.connect() as connection:
