@@ -18,6 +18,7 @@ Mask = npt.NDArray[np.bool_]
 
 REMEMBERED_ITEMS = 100_000
 MANY_IDS = 500
+LOOKED_UP_AT_ONCE = 5_000
 # Masks are kept up to this size in all, and never more than so many.
 REMEMBERED_MASK_BYTES = 64_000_000
 REMEMBERED_MASKS = 256
@@ -38,6 +39,9 @@ class ItemIndices:
         self._named: dict[int, str] = {}
         self._of_number: npt.NDArray[np.int64] = np.zeros(0, np.int64)
         self._numbered = 0
+        # Taken together, an array of many texts would be made without letting the event loop in between; on the other
+        # hand each look-up takes a pass over the version's.
+        self._step = max(LOOKED_UP_AT_ONCE, len(items))
         self._lock = threading.Lock()
 
     def names(self, indices: npt.NDArray[np.int64]) -> list[str]:
@@ -76,8 +80,10 @@ class ItemIndices:
                 larger = np.full(max(2 * last, 1_024), -1, np.int64)
                 larger[:first] = self._of_number[:first]
                 self._of_number = larger
-            self._of_number[first:last] = self._items.indices(items.item_ids[first:last])
-            self._numbered = last
+            for start in range(first, last, self._step):
+                end = min(start + self._step, last)
+                self._of_number[start:end] = self._items.indices(items.item_ids[start:end])
+                self._numbered = end
 
     def __call__(self, item_ids: Collection[str]) -> npt.NDArray[np.int64]:
         """The indices of those that the version knows; of more than MANY_IDS in any order, and each once."""

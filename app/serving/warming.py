@@ -18,8 +18,8 @@ log = structlog.get_logger(__name__)
 # Users are looked for among so many events at most, the newest first, in parts.
 LATEST_EVENTS = 2_000_000
 PART = 10_000
-# So many users are read together; one look takes a millisecond or two.
-TOGETHER = 8
+# So many users are read together, in about a millisecond.
+TOGETHER = 4
 # After each look others have the processor as long, and so many times as long while requests wait.
 RESTS_BETWEEN_REQUESTS = 9
 READY_POLL_SECONDS = 0.5
