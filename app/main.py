@@ -9,6 +9,7 @@ from fastapi import FastAPI
 from starlette.concurrency import run_in_threadpool
 
 from app import docs_page, errors, event_rows
+from app.address import ReadableAddress
 from app.body_limit import BodyLimit
 from app.routes import admin, catalog, feedback, health, popular, recommendations, sessions, similar
 from app.serving.service import build_service
@@ -54,6 +55,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         limit=settings.max_body_bytes,
         larger=dict.fromkeys(catalog.IMPORT_PATHS, settings.max_import_bytes),
     )
+    app.add_middleware(ReadableAddress)
     counts = RequestCounts(service.metrics, settings.access_log)
     app.add_middleware(RequestTelemetry, counts=counts)
     app.shortcut = Shortcut(service, counts)

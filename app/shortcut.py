@@ -8,11 +8,13 @@ ways end in `Rounds.answer` or `feedback.answer`.
 
 import time
 
+import structlog
 from fastapi import FastAPI
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from app.address import REPLACEMENT
 from app.errors import DATABASE_ERRORS, Problem, database_problem
 from app.identifiers import id_problem
 from app.routes import feedback
@@ -80,16 +82,17 @@ class Shortcut:
         query = service.known_queries.get(scope["query_string"])
         if query is None or not service.ranker.is_quick(query) or not self._may(scope, "recommend"):
             return False
-        if id_problem(user_id) is not None:
+        if REPLACEMENT in user_id or id_problem(user_id) is not None:
             return False
         started = time.perf_counter()
+        request_id = request_id_of(scope)
+        structlog.contextvars.bind_contextvars(request_id=request_id)  # for this task, which is the request's own
         try:
             body = await service.rounds.answer(user_id, query)
         except Exception:
             body = None  # the whole way meets it again, and reports it
         if body is None:
             return False
-        request_id = request_id_of(scope)
         headers = [
             (b"content-length", b"%d" % len(body)),
             (b"content-type", b"application/json"),

@@ -198,15 +198,26 @@ _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 
 
+# Of a request whose caller went away before its end, as proxies count it; nobody hears an answer.
+GONE = 499
+
+
 def request_id_of(scope: Scope) -> str:
-    """The caller's own id of the request, if it can be taken over, or a new one."""
+    """The caller's own id of the request, if it can be taken over, or a new one; the same each time."""
+    request_id: str | None = scope.get("request_id")
+    if request_id is None:
+        request_id = scope["request_id"] = _given_id(scope) or f"{getrandbits(128):032x}"
+    return request_id
+
+
+def _given_id(scope: Scope) -> str | None:
     for name, value in scope["headers"]:
         if name == b"x-request-id":
             given: str = value.decode("latin-1")
             if _REQUEST_ID.fullmatch(given) and redact(given) == given:
                 return given
             break
-    return f"{getrandbits(128):032x}"
+    return None
 
 
 class RequestCounts:
@@ -249,8 +260,14 @@ class RequestTelemetry:
         started = time.perf_counter()
         request_id = request_id_of(scope)
         token = structlog.contextvars.bind_contextvars(request_id=request_id)
-        status = 0
+        status, gone = 0, False
         encoded_id = request_id.encode()
+
+        async def heard() -> Message:
+            nonlocal gone
+            message = await receive()
+            gone = gone or (message["type"] == "http.disconnect" and not status)
+            return message
 
         async def with_request_id(message: Message) -> None:
             nonlocal status
@@ -260,8 +277,10 @@ class RequestTelemetry:
             await send(message)
 
         try:
-            await self.app(scope, receive, with_request_id)
+            await self.app(scope, heard, with_request_id)
         except Exception as error:
+            if gone:
+                return
             # The path alone: a query string may hold what a caller should have sent in a header.
             log.error("unexpected error", method=scope["method"], path=scope["path"], exc_info=error)
             if status:
@@ -269,5 +288,5 @@ class RequestTelemetry:
             await unexpected()(scope, receive, with_request_id)
         finally:
             route = getattr(scope.get("route"), "path", None)
-            self._counts.add(scope, route, status, time.perf_counter() - started, request_id)
+            self._counts.add(scope, route, GONE if gone else status, time.perf_counter() - started, request_id)
             structlog.contextvars.reset_contextvars(**token)

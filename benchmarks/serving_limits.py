@@ -21,8 +21,8 @@ from held_load import Held
 from served import Server
 from sqlalchemy.engine import Engine
 
-SECONDS_AT_A_RATE = 2.0
-TURNS_AT_A_RATE = 7
+SECONDS_AT_A_RATE = 1.5
+TURNS_AT_A_RATE = 5
 SWAPS = 50
 SWAP_EVERY_SECONDS = 0.3
 ROUNDS_OF_AGREEMENT = 300

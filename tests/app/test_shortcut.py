@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import sqlalchemy as sa
+import structlog
 from fastapi.testclient import TestClient
 from sqlalchemy.engine import Engine
 
@@ -57,6 +58,10 @@ def both_ways(client: TestClient, path: str, **options: Any) -> list[Any]:
         ("..", "k=3"),
         ("x" * 256, "k=3"),
         ("%00", "k=3"),
+        ("%ff", "k=3"),
+        ("caf%C3%A9%E9", "k=3"),
+        ("%EF%BF%BD", "k=3"),
+        ("anna", "k=3&category=%ff"),
     ],
 )
 def test_both_ways_give_the_same(shop: TestClient, engine: Engine, user_id: str, query: str) -> None:
@@ -232,3 +237,73 @@ def test_feedback_needs_its_scope(shop: TestClient, engine: Engine) -> None:
     assert (
         line in shop.get("/metrics", headers={"Authorization": f"Bearer {create_key(engine, 'a', ['admin']).key}"}).text
     )
+
+
+@pytest.mark.parametrize("path", ["/users/%ff/recommendations?k=3", "/users/anna/recommendations?category=%ff"])
+def test_an_address_that_is_not_utf8_is_refused(shop: TestClient, path: str) -> None:
+    field = "query" if "?c" in path else "path"
+    for answer in both_ways(shop, path):
+        assert answer.status_code == 422
+        assert [error["field"] for error in answer.json()["errors"]] == [field]
+
+
+@pytest.mark.parametrize("content_type", [b"application/json", b"application/json; charset=utf-8"])
+def test_a_caller_who_goes_away_is_no_failure(
+    shop: TestClient, engine: Engine, content_type: bytes, capfd: pytest.CaptureFixture[str]
+) -> None:
+    key = create_key(engine, "shop").key
+    shop.headers["Authorization"] = f"Bearer {key}"
+    shop.get("/users/anna/recommendations")  # the key is known now
+    headers = [
+        (b"content-type", content_type),
+        (b"content-length", b"999"),
+        (b"authorization", f"Bearer {key}".encode()),
+    ]
+    scope = {
+        "type": "http",
+        "method": "POST",
+        "path": "/feedback",
+        "raw_path": b"/feedback",
+        "query_string": b"",
+        "headers": headers,
+        "client": ("127.0.0.1", 1),
+        "server": ("127.0.0.1", 80),
+        "scheme": "http",
+        "root_path": "",
+        "http_version": "1.1",
+    }
+    begun: dict[str, Any] = {"type": "http.request", "body": b"[", "more_body": True}
+    messages = iter([begun, {"type": "http.disconnect"}])
+
+    async def receive() -> dict[str, Any]:
+        return next(messages)
+
+    async def send(_message: Any) -> None:
+        pass
+
+    assert shop.portal is not None
+    shop.portal.call(shop.app, scope, receive, send)
+    assert "unexpected error" not in "".join(capfd.readouterr())
+    lines = shop.get("/metrics").text.splitlines()
+    counted = [line for line in lines if line.startswith('shortlist_requests_total{method="POST",route="/feedback"')]
+    assert any('status="499"' in line for line in counted)
+    assert not any('status="5' in line or 'status="0"' in line for line in counted)
+
+
+def test_what_is_logged_on_the_way_names_the_request(
+    shop: TestClient, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rounds = shop.app.state.service.rounds  # type: ignore[attr-defined]
+    answer, bound = rounds.answer, []
+
+    async def listening(user_id: str, query: Query) -> bytes | None:
+        bound.append(structlog.contextvars.get_contextvars().get("request_id"))
+        body: bytes | None = await answer(user_id, query)
+        return body
+
+    monkeypatch.setattr(rounds, "answer", listening)
+    headers = {"Authorization": f"Bearer {create_key(engine, 'shop').key}"}
+    answers = [*both_ways(shop, "/users/anna/recommendations?k=3", headers=headers)]
+    answers.append(shop.get("/users/anna/recommendations?k=3", headers=headers | {"X-Request-ID": "mine-2"}))
+    assert bound[-2:] == [answer.headers["x-request-id"] for answer in answers[-2:]]
+    assert bound[-1] == "mine-2"
