@@ -31,8 +31,6 @@ from app.telemetry import MULTIPROCESS_VARIABLE, configure_logging
 GRACE_SECONDS = 10
 PARENT_POLL_SECONDS = 1.0
 ANSWER_POLL_SECONDS = 0.1
-# After so long a thread lets another one have Python's lock; by default 5 ms.
-SWITCH_SECONDS = 0.0005
 
 
 def serve_command(
@@ -91,14 +89,8 @@ def served_app() -> FastAPI:
     configure_logging(settings)
     threading.Thread(target=_end_with, args=(os.getppid(),), name="parent", daemon=True).start()
     app = create_app(settings)
-    _settle()
-    return app
-
-
-def _settle() -> None:
-    """Let requests be held up less by what else goes on in the process."""
     garbage.settle()
-    sys.setswitchinterval(SWITCH_SECONDS)
+    return app
 
 
 def _end_with(parent: int) -> None:
@@ -198,5 +190,5 @@ class _Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         if self.started:
-            _settle()
+            garbage.settle()
             self._on_ready()
