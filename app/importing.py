@@ -33,8 +33,8 @@ from app.bulk_import import LINES, PAUSE_SECONDS, ROWS_A_COMMIT, import_lines
 from app.catalog_rows import Kind
 from app.database import writing
 from app.errors import Problem
-from app.event_writer import EVENT_COLUMNS, open_writer
 from app.identifiers import explain
+from app.imported_events import EVENT_COLUMNS, open_writer
 from ml.importers import EventBatch, Reject, RejectLog, Source, TooManyRejects, open_source
 
 # Rows that are sorted by user before they are written: the more, the fewer pages of the index a chunk touches.
@@ -174,7 +174,7 @@ def _named(parts: Iterable[tuple[pa.Array | None, int]]) -> pa.Array:
 
 
 def _events(buffer: _Buffer, source: Source) -> pa.Table:
-    """The rows as `app.event_writer` takes them: with event ids, and stably sorted by user.
+    """The rows as `app.imported_events` takes them: with event ids, and stably sorted by user.
 
     The order of input is kept within each user, which is all that an order of interactions leans on.
     """

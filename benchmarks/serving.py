@@ -135,6 +135,7 @@ def measure_gets(world: World, yardstick: Server, rounds: int, label: str) -> No
     """Cold and warm answers beside the empty endpoint."""
     rates = Rates()
     empty = load.get("/")
+    world.server.rest()
     for turn in range(rounds + 1):
         users = world.chance.permutation(world.num_users)[:1_500]
         bare = load.closed(yardstick.port, itertools.repeat(empty, 6_000), CONNECTIONS)

@@ -15,7 +15,7 @@ from sqlalchemy.engine import Engine
 from app import erasure
 from app.database import create_engine, writing
 from app.erasure import Erased, erase, subject_sha256
-from app.event_writer import EVENT_COLUMNS, open_writer
+from app.imported_events import EVENT_COLUMNS, open_writer
 from app.serving.recommendation_log import SHOWN, RecommendationLog, Shown
 from app.settings import Settings
 from app.tables import audit_log, erasures, events, items, recommendation_log, snapshots, users

@@ -18,8 +18,8 @@ from typer.testing import CliRunner
 
 from app.cli import app
 from app.database import create_engine, writing
-from app.event_writer import SqliteWriter
 from app.exporting import export
+from app.imported_events import SqliteWriter
 from app.importing import catalogue_kind, import_catalogue, import_source
 from app.tables import events, items, users
 from ml.importers import RejectLog, TooManyRejects, open_source
