@@ -36,7 +36,7 @@ from ml.split import Split, split_by_name
 
 STEP_EXAMPLES = 4096
 STEPS = 150
-RANKINGS = 5
+RANKINGS = 10
 # The sizes and batches of RecBole 1.2.1's own settings; it counts negatives into a batch. It draws one sample for each
 # target; ours share: all targets of a window, or some of a user, are scored against the same few. What else there is to
 # choose (loss, rate, dropout, precision) was chosen on validation.

@@ -46,8 +46,9 @@ class QuickLook:
         """Tell which of some users, by their places in `held_out`, have a target that may be in the list."""
         scores = self._recommender.score_items(encoded, self._popular)
         best = self._recommender.score_items(encoded, self._targets(batch)).max(axis=1)
-        largest = np.abs(scores).max(axis=1, where=np.isfinite(scores), initial=0)
-        margin = _MARGIN * np.maximum(largest, np.where(np.isfinite(best), np.abs(best), 0))
+        sizes = np.abs(np.concatenate((scores, best[:, None]), axis=1))
+        sizes[~np.isfinite(sizes)] = 0
+        margin = _MARGIN * sizes.max(axis=1)
         rows, items = self._held_out.seen(batch)
         columns = self._column[items]
         among = np.flatnonzero(columns >= 0)
