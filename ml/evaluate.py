@@ -88,8 +88,8 @@ def evaluate(
     left_out = None if candidates is None else torch.from_numpy(~candidates).to(recommender.device)
     shown = np.zeros((len(cutoffs), size), np.bool_)
     ranks, sizes = np.full(len(found.items), ABSENT), np.zeros(len(found.users), np.int64)
-    # glibc keeps up to twice as much freed memory as the largest piece that was ever freed: without this one, pages would
-    # be mapped anew for every batch, which can take as long as what is computed in them.
+    # glibc keeps twice as much freed memory as the largest piece that was ever freed: without this one, pages may be
+    # mapped anew for every batch, which can take as long as what is computed in them.
     torch.empty(_BATCH_SCORES)
     look = quick_look(recommender, found, candidates, depth) if lists_only and not negatives else None
     for batch, encoded in _encoded(recommender, found, look):
