@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ml.models.linear_at_rest import linear_at_rest
+from ml.models.linear_at_rest import linear_at_rest, packed
 from ml.models.ranking_model import Dropout, RankingModel, embedding, pair_scores
 
 # Numbers of the first layer held at once while the tower ranks the catalogue: enough rows for a product at full speed,
 # few enough to stay in a cache; and scores at once where they are to fill a GPU.
-CPU_BLOCK_NUMBERS = 1 << 19
+CPU_BLOCK_NUMBERS = 5 << 17
 GPU_BLOCK = 1 << 22
 
 
@@ -144,20 +144,26 @@ class NeuMF(RankingModel):
         wide = max(1, min(number, block))
         step = max(1, block // wide)
         memory = scores.new_empty(step * wide * widths[0])
+        layers: list[tuple[Tensor, Tensor]] = [
+            (packed(layer.get_parameter("weight"), step * wide), layer.get_parameter("bias"))
+            for layer in self.deeper_layers
+        ]
         for first in range(0, number, wide):
             item_share = item_shares[first : first + wide]
             for row in range(0, len(encoded), step):
                 rows = slice(row, row + step)
-                scores[rows, first : first + wide] += self._resting_tower(user_share[rows], item_share, memory)
+                scores[rows, first : first + wide] += self._resting_tower(user_share[rows], item_share, layers, memory)
         return scores
 
-    def _resting_tower(self, user_share: Tensor, item_share: Tensor, memory: Tensor) -> Tensor:
+    def _resting_tower(
+        self, user_share: Tensor, item_share: Tensor, layers: list[tuple[Tensor, Tensor]], memory: Tensor
+    ) -> Tensor:
         """The same as `_tower` for weights at rest; the first layer in memory that is used again."""
         batch, number, width = len(user_share), *item_share.shape
         sums = memory[: batch * number * width].view(batch, number, width)
         hidden = torch.add(user_share.unsqueeze(1), item_share, out=sums).relu_().view(-1, width)
-        for layer in self.deeper_layers:
-            hidden = linear_at_rest(hidden, layer.get_parameter("weight"), layer.get_parameter("bias"), relu=True)
+        for weight, bias in layers:
+            hidden = linear_at_rest(hidden, weight, bias, relu=True)
         return (hidden @ self.tower_weights).view(batch, number)
 
     # Also reached by eval().
