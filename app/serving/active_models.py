@@ -16,6 +16,7 @@ from sqlalchemy.engine import Connection
 from app.erasure import subject_sha256
 from app.serving.candidates import Candidates, ItemIndices
 from app.serving.catalog import Catalog
+from app.serving.cursors import digest
 from app.serving.history import ItemNumbers
 from app.tables import model_versions
 from ml import retrieval
@@ -52,6 +53,11 @@ class Active:
     @property
     def data_through(self) -> str | None:
         return self.manifest.trained_through
+
+    @cached_property
+    def digest(self) -> bytes:
+        """What stands for the version in cursors."""
+        return digest(self.version)
 
     @cached_property
     def microseconds_through(self) -> int | None:

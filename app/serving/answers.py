@@ -91,8 +91,8 @@ class Answer(NamedTuple):
     row: Row  # of the log
 
     @classmethod
-    def of(cls, ranking: Ranking, policy: str, filters: dict[str, Any]) -> "Answer":
-        """`filters` are the query's as the log keeps them."""
+    def of(cls, ranking: Ranking, policy: str, filters: str) -> "Answer":
+        """`filters` are the query's as the log keeps them, as JSON."""
         drawn = {draw.place + 1: draw for draw in ranking.draws}
         items = listed(ranking.items, explored=drawn, reasons=ranking.reasons)
         values = {
@@ -104,10 +104,6 @@ class Answer(NamedTuple):
         }
         end = b"}" if ranking.reason is None else b"," + to_json({"reason": ranking.reason})[1:]
         opening = b'{"user_id":' + to_json(ranking.user_id) + b',"recommendation_id":"'
-        # What chance did not touch was certain to be shown where it stands.
-        propensities, explorations = [1.0] * len(items), [False] * len(items)
-        for rank, draw in drawn.items():
-            propensities[rank - 1], explorations[rank - 1] = draw.propensity, True
         shown = Shown(
             user_id=ranking.user_id,
             surface="recommendations",
@@ -119,9 +115,12 @@ class Answer(NamedTuple):
             candidate_count=ranking.candidate_count,
             item_ids=[item_id for item_id, _ in ranking.items],
             scores=[score for _, score in ranking.items],
-            propensities=propensities,
-            explorations=explorations,
         )
+        if drawn:
+            # What chance did not touch was certain to be shown where it stands.
+            shown.propensities, shown.explorations = [1.0] * len(items), [False] * len(items)
+            for rank, draw in drawn.items():
+                shown.propensities[rank - 1], shown.explorations[rank - 1] = draw.propensity, True
         return cls(opening, b'",' + to_json(values)[1:-1] + b',"next_cursor":', end, ranking.goes_on, shown.as_row())
 
     def body(self, recommendation_id: str, cursor: str | None) -> bytes:

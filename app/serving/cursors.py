@@ -14,6 +14,7 @@ import struct
 import zlib
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import lru_cache
 from operator import sub
 from typing import Any
 
@@ -192,8 +193,8 @@ def _section(numbers: Numbers, *, ordered: bool) -> bytes:
         if ordered:
             values.sort()
             values = list(map(sub, values, [0, *values]))
-        width = _width(max(values)) if values else 1
-        return struct.pack(f"<BI{len(values)}{_LETTERS[width]}", width, width * len(values), *values)
+        count, width = len(values), _width(max(values)) if values else 1
+        return _few(count, width).pack(width, width * count, *values)
     numbers = np.sort(numbers) if ordered else numbers
     steps = np.diff(numbers, prepend=0) if ordered else numbers
     width = _width(int(steps.max()))
@@ -204,6 +205,11 @@ def _section(numbers: Numbers, *, ordered: bool) -> bytes:
         return _SECTION.pack(0, len(bitmap)) + bitmap
     written = steps.astype(f"<u{width}").tobytes()
     return _SECTION.pack(width, len(written)) + written
+
+
+@lru_cache(maxsize=4 * (FEW + 1))
+def _few(count: int, width: int) -> struct.Struct:
+    return struct.Struct(f"<BI{count}{_LETTERS[width]}")
 
 
 def _width(largest: int) -> int:

@@ -7,7 +7,7 @@ import numpy as np
 from app.serving.active_models import ActiveModels
 from app.serving.answers import Answer, Kept, Ranking
 from app.serving.catalog import Catalog
-from app.serving.cursors import NO_VERSION, NOTHING, CursorGone, Cursors, Position, digest, going_on, number_of
+from app.serving.cursors import NO_VERSION, NOTHING, CursorGone, Cursors, Position, going_on, number_of
 from app.serving.diversity import CategoryCap
 from app.serving.exploration import Affinity, Draw, Explorer, seed_of
 from app.serving.histories import Histories
@@ -16,7 +16,7 @@ from app.serving.popularity import Popularity
 from app.serving.query import Query
 from app.serving.ranked_lists import Ranked, RankedLists, State
 from app.serving.reasons import Reason, reasons_of
-from app.serving.recommendation_log import RecommendationLog, new_id
+from app.serving.recommendation_log import RecommendationLog, as_json, new_id
 
 # A ranking within all bounds stays on the event loop.
 QUICK_SECONDS = 0.002
@@ -85,7 +85,7 @@ class Ranker:
         """Rank a quick query for several users in one go; the answers as JSON."""
         revision, active = self._catalog.revision, self._active_models.current
         states = [State(user_id, active, history) for user_id, history in users]
-        may_be_kept, filters = self._lists.may_be_kept(query), query.as_logged()
+        may_be_kept, filters = self._lists.may_be_kept(query), as_json(query.as_logged())
         answers = []  # none is logged before all are there: if one fails, all are made again
         for state, ranked in zip(states, self._ranked(states, query, None), strict=True):
             ranking = self._ranking(state, query, None, ranked, ())
@@ -118,7 +118,7 @@ class Ranker:
         filters = query.as_logged()
         if page is not None:
             filters |= {"list": _written(page.list_id), "offset": page.offset}
-        return self._sent(Answer.of(ranking, self._policy(ranking), filters), recommendation_id, list_id)
+        return self._sent(Answer.of(ranking, self._policy(ranking), as_json(filters)), recommendation_id, list_id)
 
     def _policy(self, ranking: Ranking) -> str:
         policy = "popular" if ranking.model_version is None else "model"
@@ -143,7 +143,7 @@ class Ranker:
     def _page(self, state: State, query: Query) -> Position:
         assert query.cursor is not None
         page = self._cursors.read(query.cursor, state.user_id, query.filters_digest())
-        if page.version != NO_VERSION and (state.active is None or digest(state.active.version) != page.version):
+        if page.version != NO_VERSION and (state.active is None or state.active.digest != page.version):
             raise CursorGone("the version that ranked this list is no longer active: ask again without the cursor")
         through = page.feedback_through
         if through is not None:
@@ -236,7 +236,7 @@ class Ranker:
             return None
         version, known, others = NO_VERSION, NOTHING, [item_id for item_id, _ in items]
         if ranked.active is not None:
-            version, known = digest(ranked.active.version), ranked.indices
+            version, known = ranked.active.digest, ranked.indices
             if others != ranked.item_ids:  # what was drawn stands among them
                 numbered = ranked.active.item_indices.of_each(others)
                 known, others = numbered[numbered >= 0], [others[row] for row in np.flatnonzero(numbered < 0)]

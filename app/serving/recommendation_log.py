@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from functools import lru_cache
 from random import getrandbits
 from typing import Any, NamedTuple, TypeAlias
 
@@ -53,21 +54,45 @@ class Shown:
     model_version: str | None
     source: str
     feedback_through: int | None
-    filters: dict[str, Any]
+    filters: str  # as JSON: those of a query are the same for everybody
     candidate_count: int
     item_ids: list[str]
     scores: list[float | None]  # None where nothing could score an item
-    propensities: list[float]
-    explorations: list[bool]
+    # By item; None where nothing was left to chance: then each was certain to be shown where it stands.
+    propensities: list[float] | None = None
+    explorations: list[bool] | None = None
     experiment: str | None = None
     variant: str | None = None
 
     def as_row(self) -> Row:
-        return tuple([_json(getattr(self, name)) if name in JSON_COLUMNS else getattr(self, name) for name in SHOWN])
+        """The values in the order of `SHOWN`."""
+        propensities, explorations = _certain(len(self.item_ids))
+        return (
+            self.user_id,
+            self.surface,
+            self.policy,
+            self.experiment,
+            self.variant,
+            self.model_version,
+            self.source,
+            self.feedback_through,
+            self.filters,
+            self.candidate_count,
+            as_json(self.item_ids),
+            as_json(self.scores),
+            propensities if self.propensities is None else as_json(self.propensities),
+            explorations if self.explorations is None else as_json(self.explorations),
+        )
 
 
-def _json(value: Any) -> str:
+def as_json(value: Any) -> str:
+    """A value as a column of JSON takes it."""
     return to_json(value).decode()
+
+
+@lru_cache
+def _certain(count: int) -> tuple[str, str]:
+    return as_json([1.0] * count), as_json([False] * count)
 
 
 class Logged(NamedTuple):
@@ -86,7 +111,6 @@ OWN = ("recommendation_id", "created_at")
 SHOWN = tuple(column.name for column in recommendation_log.columns if column.name not in OWN)
 COLUMNS = (*OWN, *SHOWN)
 _USER = SHOWN.index("user_id")
-JSON_COLUMNS = frozenset(column.name for column in recommendation_log.columns if isinstance(column.type, sa.JSON))
 _INSERT = f"INSERT INTO recommendation_log ({', '.join(COLUMNS)}) VALUES ({', '.join('?' * len(COLUMNS))})"  # noqa: S608
 _COPY = f"COPY recommendation_log ({', '.join(COLUMNS)}) FROM STDIN"
 
@@ -116,12 +140,10 @@ def shown_to_nobody(
         model_version=model_version,
         source=source,
         feedback_through=None,
-        filters=filters,
+        filters=as_json(filters),
         candidate_count=candidate_count,
         item_ids=[item_id for item_id, _ in items],
         scores=[score for _, score in items],
-        propensities=[1.0] * len(items),
-        explorations=[False] * len(items),
     )
     return shown.as_row()
 

@@ -129,7 +129,7 @@ def test_an_answer_that_enters_the_log_meanwhile_does_not_outlive_its_user(engin
     with writing(engine) as connection:
         connection.execute(sa.insert(events), event("a", 0))
     log = RecommendationLog(engine, on_lost=lambda _: None)
-    shown = {name: value for name, value in log_row("a", 1).items() if name in SHOWN}
+    shown = {name: value for name, value in log_row("a", 1).items() if name in SHOWN} | {"filters": "{}"}
     eraser = threading.Thread(target=erase, args=(engine, "user", "a"), kwargs={"actor": "cli"})
 
     def erase_in_between(_connection: object, _cursor: object, statement: str, *_: object) -> None:
