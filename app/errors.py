@@ -150,13 +150,26 @@ def _describe_as_problems(description: dict[str, Any]) -> None:
     schemas.pop("ValidationError", None)
 
 
+def let_go(error: BaseException | None) -> None:
+    """Take the tracebacks off an error that has its answer, and off those that it came of.
+
+    They lead to the frames that held the request's body, and from there back to the error: a circle that only a look
+    for garbage undoes, which for all that a long request left behind comes once an hour (`app/garbage.py`).
+    """
+    while error is not None:
+        error.__traceback__ = None
+        error = error.__cause__ or error.__context__
+
+
 async def _problem(_request: Request, error: Exception) -> Response:
     assert isinstance(error, Problem)
+    let_go(error)
     return error.response()
 
 
 async def _invalid(_request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
+    let_go(error)
     found = error.errors()
     errors = [FieldError(field=_field(e), message=_message(e)) for e in found[:MAX_ERRORS_SHOWN]]
     detail = f"{errors[0].field}: {errors[0].message}" + (f" (and {len(found) - 1} more)" if len(found) > 1 else "")
@@ -185,6 +198,7 @@ def _message(error: Mapping[str, Any]) -> str:
 
 async def _http(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
+    let_go(error)
     status, headers = error.status_code, error.headers
     if status == 404:
         return Problem(404, detail=f"There is nothing at {request.url.path}; GET /docs lists what there is.").response()
@@ -206,6 +220,7 @@ async def database_problem(request: Request, error: Exception) -> Response:
     if is_outage(error):
         names = {"error": type(error).__name__, "reason": outage_reason(error)}
         await log.awarning("database unavailable", path=request.url.path, **names)
+        let_go(error)
         return unavailable().response()
     return await _unexpected(request, error)
 

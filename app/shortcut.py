@@ -15,7 +15,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from app.address import REPLACEMENT
-from app.errors import DATABASE_ERRORS, Problem, database_problem
+from app.errors import DATABASE_ERRORS, Problem, database_problem, let_go
 from app.identifiers import id_problem
 from app.routes import feedback
 from app.routes.recommendations import PATH
@@ -134,6 +134,7 @@ class Shortcut:
         try:
             return await feedback.answer(self._service, body)
         except Problem as problem:
+            let_go(problem)
             return problem.response()
         except DATABASE_ERRORS as error:
             return await database_problem(Request(scope), error)
