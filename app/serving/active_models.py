@@ -9,6 +9,7 @@ from datetime import UTC, datetime, timedelta
 from functools import cached_property
 
 import numpy as np
+import pyarrow as pa
 import sqlalchemy as sa
 import structlog
 from sqlalchemy.engine import Connection
@@ -134,6 +135,8 @@ class ActiveModels:
         candidates = Candidates(recommender.items, self._catalog, through)
         recommender.prepare(probes=self._probes(recommender, manifest), on_ranked=self._on_ranked)
         seconds = _ranking_seconds(recommender)
+        # What the texts of all items took meanwhile: kept for later, it is 100 bytes an item.
+        pa.default_memory_pool().release_unused()
         return Active(
             version, recommender, manifest, candidates, ItemIndices(recommender.items, candidates), through, seconds
         )
