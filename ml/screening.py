@@ -135,8 +135,9 @@ def best_of_each(scores: Floats, k: int) -> tuple[Indices, Floats]:
     lowest = floors.min()
     if len(found) == batch * k and lowest > _NEVER:  # no tie at any end, as mostly
         order = np.argsort(-own.reshape(batch, k), axis=1, kind="stable")
-        found = np.take_along_axis(found.reshape(batch, k), order, axis=1)
-        return found - np.arange(0, batch * count, count)[:, None], flat[found]
+        rows = np.arange(batch)[:, None]
+        found = found.reshape(batch, k)[rows, order]
+        return found - rows * count, flat[found]
     items, values = np.full((batch, k), -1, np.int64), np.full((batch, k), _NEVER)
     if lowest == _NEVER:
         found, own = found[own > _NEVER], own[own > _NEVER]

@@ -3,7 +3,7 @@
 import json
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from functools import cached_property
@@ -170,6 +170,13 @@ class ActiveModels:
         if active is not None:
             active.candidates.allowed()
             active.item_indices.keep_up(items)
+
+    def look_up(self, user_ids: Sequence[str]) -> None:
+        """Find users in the version before they ask."""
+        active = self.current
+        if active is not None:
+            for user_id in user_ids:
+                self.user_index(active, user_id)
 
     def user_index(self, active: Active, user_id: str) -> int:
         """The user's index in a version; -1 if the version was not trained on it, or it was erased since."""

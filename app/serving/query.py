@@ -3,6 +3,7 @@
 import hashlib
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from app.serving.filters import EVERY_CATEGORY, CategoryFilter
@@ -13,7 +14,7 @@ LOGGED_EXCLUDES = 100
 FEW = 100
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Query:
     """What a caller wants to be shown; all but `k`, `cursor` and `explain` stay the same from page to page."""
 
@@ -26,12 +27,13 @@ class Query:
     cursor: str | None = None
     explain: bool = False
 
-    @property
+    # Of a query string that comes again and again there is one object: what it is like is worked out once.
+    @cached_property
     def is_diverse(self) -> bool:
         """Whether the order depends on more than the items' scores."""
         return self.diversity > 0 or self.max_per_category is not None
 
-    @property
+    @cached_property
     def is_simple(self) -> bool:
         """Whether it asks for nothing that takes time of its own."""
         few = self.k <= FEW and len(self.exclude) <= FEW

@@ -81,6 +81,7 @@ class Service:
             self.histories,
             is_ready=lambda: self.ready,
             is_asked=lambda: self.histories.is_asked or len(self.feedback_writer) > 0,
+            look_up=self.active_models.look_up,
         )
 
     @property

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import sqlalchemy as sa
 import structlog
@@ -29,11 +29,21 @@ class Warming:
     """`run` belongs to the event loop. What it reads is kept, and kept in step, as if somebody had asked."""
 
     def __init__(
-        self, engine: Engine, histories: Histories, *, is_ready: Callable[[], bool], is_asked: Callable[[], bool]
+        self,
+        engine: Engine,
+        histories: Histories,
+        *,
+        is_ready: Callable[[], bool],
+        is_asked: Callable[[], bool],
+        look_up: Callable[[Sequence[str]], None],
     ) -> None:
-        """`is_ready` tells whether the database has been reached, `is_asked` whether a request waits."""
+        """`is_ready` tells whether the database has been reached, `is_asked` whether a request waits.
+
+        `look_up` finds users in what ranks for them.
+        """
         self._engine = engine
         self._histories = histories
+        self._look_up = look_up
         self._is_ready = is_ready
         self._is_asked = is_asked
 
@@ -57,9 +67,11 @@ class Warming:
             user_ids = await run_in_threadpool(self._users, last)
             for first in range(0, len(user_ids), TOGETHER):
                 before = time.perf_counter()
-                read = await self._histories.read_ahead(user_ids[first : first + TOGETHER])
+                some = user_ids[first : first + TOGETHER]
+                read = await self._histories.read_ahead(some)
                 if read is None:
                     return users
+                self._look_up(some)
                 users += read
                 if read:
                     await self._rest(time.perf_counter() - before)

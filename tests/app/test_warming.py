@@ -29,12 +29,15 @@ def store(engine: Engine, user_id: str, *items: str) -> None:
 
 def read_ahead(engine: Engine, **options: Any) -> Histories:
     histories = Histories(engine, Catalog(), DEFAULT_MEANINGS, 100, **options)
+    looked_up: list[str] = []
 
     async def run() -> None:
-        await Warming(engine, histories, is_ready=lambda: True, is_asked=lambda: False).run()
+        reading = Warming(engine, histories, is_ready=lambda: True, is_asked=lambda: False, look_up=looked_up.extend)
+        await reading.run()
         histories.close()
 
     asyncio.run(run())
+    assert all(histories.remembered(user_id) for user_id in looked_up)
     return histories
 
 
