@@ -61,7 +61,7 @@ bench-ranking: setup ## Measure how fast the best of 1,000,000 items are found, 
 bench-cold-users: setup ## Measure ranking for users unseen in training, beside popularity, on MovieLens 1M in DATA
 	PYTHONPATH=. $(BIN)/python benchmarks/cold_users.py $(if $(DATA),--data $(DATA))
 
-bench-training: setup ## Measure training beside RecBole (PEER_PYTHON=…, DATA=DIR), by size of catalogue, and loading 20,000,000 events
+bench-training: setup ## Measure training beside RecBole (PEER_PYTHON=…, DATA=DIR, RANKING_DATA=DIR), by size of catalogue, and loading 20,000,000 events
 	$(BIN)/python benchmarks/training.py; trained=$$?; $(BIN)/python benchmarks/loading.py && exit $$trained
 
 bench-training-gpu: setup ## Measure NeuMF and Caser on a GPU, at the sizes of published references
