@@ -6,14 +6,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-# For fewer rows, putting the weights in oneDNN's order takes longer than its products save.
+# For fewer rows, putting the weights in oneDNN's order takes longer than its products save; for fewer multiplications,
+# calling it does.
 _FEWEST_ROWS = 64
+_FEWEST_MULTIPLICATIONS = 1 << 21
 _has_onednn = hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 def packed(weight: Tensor, rows: int) -> Tensor:
     """A weight in the order in which `linear_at_rest` reads it, for many products of about so many rows."""
-    if not _is_fast(weight) or rows < _FEWEST_ROWS:
+    if not _pays(weight, weight, rows):
         return weight
     found: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
     return found
@@ -25,7 +27,7 @@ def linear_at_rest(values: Tensor, weight: Tensor, bias: Tensor | None = None, *
     Where no gradient is wanted and rows are many, a CPU multiplies with oneDNN: it uses AVX-512 on every processor that
     has it, MKL, with which torch multiplies in float32, on Intel's alone.
     """
-    if weight.is_mkldnn or (_is_fast(values) and len(values) >= _FEWEST_ROWS):
+    if weight.is_mkldnn or _pays(values, weight, values.numel() // max(values.shape[-1], 1)):
         # It takes the bias to be in one piece.
         bias = None if bias is None else bias.contiguous()
         found: Tensor = torch.ops.mkldnn._linear_pointwise(values, weight, bias, "relu" if relu else "none", [], "")
@@ -34,6 +36,7 @@ def linear_at_rest(values: Tensor, weight: Tensor, bias: Tensor | None = None, *
     return found.relu_() if relu else found
 
 
-def _is_fast(values: Tensor) -> bool:
+def _pays(values: Tensor, weight: Tensor, rows: int) -> bool:
     is_float = values.device.type == "cpu" and values.dtype == torch.float32
-    return _has_onednn and is_float and not torch.is_grad_enabled()
+    is_large = rows >= _FEWEST_ROWS and rows * weight.numel() >= _FEWEST_MULTIPLICATIONS
+    return _has_onednn and is_float and is_large and not torch.is_grad_enabled()

@@ -145,9 +145,10 @@ class NeuMF(RankingModel):
         step = max(1, block // wide)
         memory = scores.new_empty(step * wide * widths[0])
         layers: list[tuple[Tensor, Tensor]] = [
-            (packed(layer.get_parameter("weight"), step * wide), layer.get_parameter("bias"))
-            for layer in self.deeper_layers
+            (layer.get_parameter("weight"), layer.get_parameter("bias")) for layer in self.deeper_layers
         ]
+        if len(encoded) * number > 4 * step * wide:  # packing takes as long as it saves in a few blocks
+            layers = [(packed(weight, step * wide), bias) for weight, bias in layers]
         for first in range(0, number, wide):
             item_share = item_shares[first : first + wide]
             for row in range(0, len(encoded), step):
