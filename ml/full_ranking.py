@@ -23,10 +23,11 @@ _CLASSES = 8
 def take_out(scores: Tensor, rows: npt.NDArray[Any], items: npt.NDArray[Any]) -> None:
     """Rank no item of a (row, item) pair."""
     places = rows * scores.shape[1] + items
+    flat = scores.view(-1)
     if scores.device.type == "cpu":
-        scores.numpy().reshape(-1)[places] = _NEVER
+        flat.numpy()[places] = _NEVER
     else:
-        scores.view(-1)[_on(places, scores)] = _NEVER
+        flat[_on(places, scores)] = _NEVER
 
 
 def counts_of_ranked(scores: Tensor) -> Indices:
