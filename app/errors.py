@@ -154,7 +154,7 @@ def let_go(error: BaseException | None) -> None:
     """Take the tracebacks off an error that has its answer, and off those that it came of.
 
     They lead to the frames that held the request's body, and from there back to the error: a circle that only a look
-    for garbage undoes, which for all that a long request left behind comes once an hour (`app/garbage.py`).
+    for garbage undoes, which for all that a long request left behind comes every ten minutes (`app/garbage.py`).
     """
     while error is not None:
         error.__traceback__ = None

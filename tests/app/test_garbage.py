@@ -36,7 +36,7 @@ def test_what_refers_to_itself_is_found_without_pythons_own_schedule() -> None:
 
 
 def test_a_body_that_was_refused_goes_at_once(address: str, engine: Engine) -> None:
-    """What is old is looked at once an hour: meanwhile nobody may fill the memory with bodies that nothing can read."""
+    """What is old is seldom looked at: meanwhile nobody may fill the memory with bodies that nothing can read."""
     key = create_key(engine, "shop").key
     bodies = [b"[" + b"1," * 50_000, b"[" * 100_000, b'"\xff"']
     gc.collect()
