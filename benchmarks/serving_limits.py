@@ -67,8 +67,9 @@ def evenness(world: Any, yardstick: Server) -> Iterator[tuple[str, float]]:
     The empty endpoint takes turns at the same rate.
     """
     everyone = world.gets(np.arange(world.num_users))
-    uvloop.run(load.closed(world.server.port, everyone, 16))  # the next request of each is no first one
     for kind in ("cold", "warm"):
+        # The next request of each is no first one, nor one after an event where it shall be warm.
+        uvloop.run(load.closed(world.server.port, everyone, 16))
 
         def prepare(kind: str = kind) -> list[bytes]:
             if kind == "cold":
