@@ -135,7 +135,6 @@ def measure_gets(world: World, yardstick: Server, rounds: int, label: str) -> No
     """Cold and warm answers beside the empty endpoint."""
     rates = Rates()
     empty = load.get("/")
-    world.server.rest()
     for turn in range(rounds + 1):
         users = world.chance.permutation(world.num_users)[:1_500]
         bare = load.closed(yardstick.port, itertools.repeat(empty, 6_000), CONNECTIONS)
@@ -246,6 +245,7 @@ def main() -> None:
             key = served.make_key(engine)
             yardstick = stack.enter_context(served.bare(cores.worker, folder / "bare.log"))
             server = stack.enter_context(served.serving(settings, cores.worker, folder / "server.log"))
+            server.rest()
             world = World(database, settings, key, server, options.users)
             parts = options.part or PARTS
             if "gets" in parts:
@@ -259,6 +259,7 @@ def main() -> None:
             if "neumf" in parts:
                 served.make_active(engine, "v-neumf")
                 time.sleep(3)  # longer than a process takes to follow
+                server.rest()
                 measure_gets(world, yardstick, options.rounds, "neumf")
             engine.dispose()
 
