@@ -36,7 +36,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         yield
         warming.cancel()
         await asyncio.gather(warming, return_exceptions=True)
-        service.histories.close()
+        await service.histories.finish()
         await run_in_threadpool(service.stop)
 
     app = Application(

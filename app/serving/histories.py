@@ -5,6 +5,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, TypeAlias
@@ -32,6 +33,8 @@ MOST_BEGUN = 8
 MOST_BEHIND = 65_536
 # After the database failed to answer, requests do without it this long rather than wait for it one by one.
 OUTAGE_SECONDS = 1.0
+# A process that ends waits so long for what is being read.
+FINISH_SECONDS = 5.0
 
 Answer: TypeAlias = "asyncio.Future[History]"
 
@@ -150,6 +153,14 @@ class Histories:
     def forget_outage(self) -> None:
         """Ask the database again at once: somebody heard it answer."""
         self._outage_until = 0.0
+
+    async def finish(self) -> None:
+        """Let what is being read come to its end, so that no connection is left open, and close."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(FINISH_SECONDS):
+                while self._tasks:
+                    await asyncio.wait(self._tasks)
+        self.close()
 
     def close(self) -> None:
         """Let go of the connection; on the event loop."""

@@ -41,6 +41,21 @@ def read_ahead(engine: Engine, **options: Any) -> Histories:
     return histories
 
 
+def test_what_is_being_read_at_the_end_leaves_nothing_open(engine: Engine) -> None:
+    store(engine, "user", "a")
+    histories = Histories(engine, Catalog(), DEFAULT_MEANINGS, 100)
+
+    async def run() -> None:
+        reading = asyncio.create_task(histories.read("user"))
+        await asyncio.sleep(0)
+        reading.cancel()
+        await histories.finish()
+        await asyncio.wait([reading])
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+
+    asyncio.run(run())
+
+
 def test_everybody_where_there_is_room(engine: Engine) -> None:
     for number in range(20):
         store(engine, f"user-{number}", "a", f"item-{number}")
