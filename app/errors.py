@@ -156,7 +156,7 @@ def let_go(error: BaseException | None) -> None:
     They lead to the frames that held the request's body, and from there back to the error: a circle that only a look
     for garbage undoes, which for all that a long request left behind comes every ten minutes (`app/garbage.py`).
     """
-    while error is not None:
+    while error is not None and error.__traceback__ is not None:  # errors may come of each other in a circle
         error.__traceback__ = None
         error = error.__cause__ or error.__context__
 

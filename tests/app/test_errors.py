@@ -45,6 +45,15 @@ def client(connect: Callable[..., TestClient]) -> TestClient:
     def conflict() -> None:
         raise Problem(409, "Conflict", "That id is taken.", field="body.event_id", headers={"X-Extra": "1"})
 
+    @app.get("/circle")
+    def circle() -> None:
+        problem, reason = Problem(409, "Conflict", "That id is taken."), ValueError("taken")
+        problem.__cause__, reason.__cause__ = reason, problem
+        try:
+            raise reason
+        except ValueError:
+            raise problem  # noqa: B904
+
     @app.get("/gone")
     def gone() -> None:
         with create_engine("postgresql://u:secret@127.0.0.1:1/d").connect():
@@ -156,6 +165,10 @@ def test_what_a_route_raises(client: TestClient) -> None:
     answer = client.get("/conflict")
     document = problem(answer, 409, "body.event_id")
     assert (document["title"], answer.headers["x-extra"]) == ("Conflict", "1")
+
+
+def test_errors_that_come_of_each_other(client: TestClient) -> None:
+    problem(client.get("/circle"), 409)
 
 
 @pytest.mark.parametrize("declared", [True, False])
