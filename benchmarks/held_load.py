@@ -25,23 +25,14 @@ _LENGTH = b"content-length:"
 class Held:
     """What a run met; times in seconds, in order of the requests."""
 
-    due: npt.NDArray[np.float64]  # as `time.perf_counter` counts
     taken: npt.NDArray[np.float64]  # from when it was due to the end of its answer
     late: npt.NDArray[np.float64]  # of them between when it could have been sent and when it was: the tool's own share
     failed: int
-
-    def milliseconds(self, quantile: float) -> float:
-        return float(np.quantile(self.taken, quantile) * 1000)
 
 
 def poisson_dues(number: int, rate: float, seed: int = 0) -> npt.NDArray[np.float64]:
     """Gaps as independent callers leave them: exponential ones."""
     return np.cumsum(np.random.default_rng(seed).exponential(1 / rate, number))
-
-
-def even_dues(number: int, rate: float) -> npt.NDArray[np.float64]:
-    """The same gap between any two."""
-    return np.arange(1, number + 1) / rate
 
 
 def hold(port: int, requests: Sequence[bytes], dues: npt.NDArray[np.float64], connections: int = 32) -> Held:
@@ -67,18 +58,17 @@ def _run(opened: list[socket.socket], requests: Sequence[bytes], dues: npt.NDArr
     since = dict.fromkeys(by_number, 0.0)  # when it became free
     taken, late = np.zeros(total), np.zeros(total)
     sent = answered = failed = 0
-    due = dues + (clock() + 0.01)
-    due_list = due.tolist()
+    due = (dues + (clock() + 0.01)).tolist()
     while answered < total:
         now = clock()
-        while sent < total and free and due_list[sent] <= now:
+        while sent < total and free and due[sent] <= now:
             number = free.popleft()
             by_number[number].send(requests[sent])
             asked[number] = sent
             now = clock()
-            late[sent] = now - max(due_list[sent], since[number])
+            late[sent] = now - max(due[sent], since[number])
             sent += 1
-        wait = due_list[sent] - now if sent < total and free else None
+        wait = due[sent] - now if sent < total and free else None
         for number in select.select(list(asked), (), (), wait)[0]:
             data = by_number[number].recv(65_536)
             now = clock()
@@ -90,12 +80,12 @@ def _run(opened: list[socket.socket], requests: Sequence[bytes], dues: npt.NDArr
                 partial[number] = data
                 continue
             request = asked.pop(number)
-            taken[request] = now - due_list[request]
+            taken[request] = now - due[request]
             failed += data[9:10] >= b"4"
             answered += 1
             since[number] = now
             free.append(number)
-    return Held(due, taken, late, failed)
+    return Held(taken, late, failed)
 
 
 def _is_whole(data: bytes) -> bool:
