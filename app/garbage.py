@@ -12,10 +12,10 @@ import time
 
 # Answers leave no such objects behind, changes some dozens. So many are new after this time that a look takes well
 # below a millisecond.
-NEW_SECONDS = 0.05
+NEW_SECONDS = 0.02
 # What outlived a look at the new ones is looked at once more, then only with all others, every ten minutes.
 OLDER_EVERY = 4
-ALL_EVERY = 12_000
+ALL_EVERY = 30_000
 
 
 def settle() -> None:

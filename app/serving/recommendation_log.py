@@ -196,8 +196,10 @@ class RecommendationLog:
         self._writer.close()
 
     def _write_waiting(self) -> bool:
-        while self._waiting:
-            batch = [self._waiting[index] for index in range(min(BATCH_LENGTH, len(self._waiting)))]
+        left = len(self._waiting)  # what comes meanwhile gathers first: alone, each few rows would have a commit
+        while left > 0:
+            batch = [self._waiting[index] for index in range(min(BATCH_LENGTH, left))]
+            left -= len(batch)
             try:
                 self._write(batch)
             except SQLAlchemyError as error:

@@ -34,6 +34,7 @@ from app.serving.sessions import Sessions
 from app.serving.similar import SimilarItems
 from app.serving.warming import Warming
 from app.settings import Settings
+from app.sqlite_checkpoints import SqliteCheckpoints
 from app.telemetry import Metrics
 from ml.prepared import WAYS
 from ml.registry import Registry
@@ -67,6 +68,7 @@ class Service:
     ranker: Ranker
     rounds: Rounds
     warming: Warming = field(init=False)
+    checkpoints: SqliteCheckpoints | None  # None on another database
     database_answers: bool = False
     migrated: bool = False
     # Query strings of requests for recommendations that were valid, as what they ask for.
@@ -93,6 +95,8 @@ class Service:
         """Start the threads and load what can be loaded; a database that is away is waited for behind the requests."""
         self.feedback_writer.start()
         self.recommendation_log.start()
+        if self.checkpoints is not None:
+            self.checkpoints.start()
         self.poll()
         self._follower = threading.Thread(target=self._follow, name="follower", daemon=True)
         self._follower.start()
@@ -104,6 +108,8 @@ class Service:
             self._follower.join()
         self.feedback_writer.stop()
         self.recommendation_log.stop()
+        if self.checkpoints is not None:
+            self.checkpoints.stop()
         self.engine.dispose()
 
     def poll(self) -> bool:
@@ -261,6 +267,7 @@ def build_service(settings: Settings) -> Service:
         cursors=cursors,
         ranker=ranker,
         rounds=Rounds(histories, ranker),
+        checkpoints=SqliteCheckpoints(engine) if engine.dialect.name == "sqlite" else None,
     )
 
 
