@@ -25,6 +25,11 @@ from app.telemetry import RequestCounts, RequestTelemetry, request_id_of
 
 _BEFORE, _AFTER = PATH.split("{user_id}")
 _LONGEST_NUMBER = 18  # digits
+# What is judged on the whole way: a key in another header, and a body where none is expected.
+_ODD: dict[KeyScope, frozenset[bytes]] = {
+    "recommend": frozenset((b"x-api-key", b"content-length")),
+    "feedback": frozenset((b"x-api-key",)),
+}
 
 
 class Application(FastAPI):
@@ -62,13 +67,13 @@ class Shortcut:
 
     def _may(self, scope: Scope, wanted: KeyScope) -> bool:
         """Whether the request brings one key, in the usual header, that was looked up lately and has the scope."""
-        key = None
+        key, odd = None, _ODD[wanted]
         for name, value in scope["headers"]:
             if name == b"authorization":
                 if key is not None or not value.startswith(b"Bearer "):
                     return False
                 key = value[7:]
-            elif name == b"x-api-key":
+            elif name in odd:
                 return False
         if key is None:
             return False
@@ -106,7 +111,9 @@ class Shortcut:
     # --- feedback ------------------------------------------------------------------------------------------------
 
     def _is_plain(self, scope: Scope) -> bool:
-        """Whether the body is said to be JSON, and of a length that is allowed."""
+        """Whether the body is said, once, to be JSON, and of a length that is allowed."""
+        if b"%" in scope["query_string"]:  # it may be no UTF-8
+            return False
         length = content_type = None
         for name, value in scope["headers"]:
             if name == b"transfer-encoding":  # then the length says nothing
@@ -114,6 +121,8 @@ class Shortcut:
             if name == b"content-length":
                 length = value
             elif name == b"content-type":
+                if content_type is not None:
+                    return False
                 content_type = value
         return (
             content_type == b"application/json"

@@ -212,6 +212,24 @@ def test_feedback_is_answered_alike(
         ]
 
 
+def test_what_is_odd_goes_the_whole_way(shop: TestClient, engine: Engine) -> None:
+    key = create_key(engine, "shop").key
+    shop.get("/users/anna/recommendations?k=3", headers={"Authorization": f"Bearer {key}"})
+    json_type = ("Content-Type", "application/json")
+    for status, method, path, headers in (
+        (422, "POST", "/feedback?x=%ff", [json_type]),
+        (415, "POST", "/feedback", [("Content-Type", "text/plain"), json_type]),
+        (413, "GET", "/users/anna/recommendations?k=3", [("Content-Length", "99999999")]),
+    ):
+        body = json.dumps(CLICK) if method == "POST" else None
+        answers = [
+            shop.request(method, path, content=body, headers=[held, *headers])
+            for held in (("Authorization", f"Bearer {key}"), ("X-API-Key", key))
+        ]
+        assert [answer.status_code for answer in answers] == [status, status]
+        assert answers[0].json() == answers[1].json()
+
+
 def test_feedback_in_pieces_is_put_together(shop: TestClient, engine: Engine) -> None:
     key = create_key(engine, "shop").key
     headers = {"Authorization": f"Bearer {key}", "Content-Type": "application/json"}
