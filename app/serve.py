@@ -2,6 +2,7 @@
 
 import http
 import http.client
+import multiprocessing
 import os
 import signal
 import socket
@@ -29,7 +30,6 @@ from app.telemetry import MULTIPROCESS_VARIABLE, configure_logging
 
 # Requests under way when the service is told to stop get this long; a stream of progress would never end.
 GRACE_SECONDS = 10
-PARENT_POLL_SECONDS = 1.0
 # How long a thread keeps Python's lock while the event loop waits for it, as when what was posted is counted; by
 # default 5 ms, many times what an answer takes.
 LOCK_SECONDS = 0.001
@@ -90,7 +90,7 @@ def served_app() -> FastAPI:
     """The application of one of several serving processes, which has its settings from its parent's environment."""
     settings = Settings()
     configure_logging(settings)
-    threading.Thread(target=_end_with, args=(os.getppid(),), name="parent", daemon=True).start()
+    threading.Thread(target=_end_with_parent, name="parent", daemon=True).start()
     app = create_app(settings)
     _settle()
     return app
@@ -101,9 +101,10 @@ def _settle() -> None:
     sys.setswitchinterval(LOCK_SECONDS)
 
 
-def _end_with(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(PARENT_POLL_SECONDS)
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "uvicorn starts the processes by multiprocessing"
+    parent.join()  # by a pipe: it may have ended before anything could be asked of its id
     os.kill(os.getpid(), signal.SIGTERM)
 
 

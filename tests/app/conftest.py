@@ -171,22 +171,27 @@ class LiveServer:
         self.process: subprocess.Popen[bytes] | None = None
         self.client = httpx2.Client(base_url=f"http://127.0.0.1:{port}", timeout=20)
 
-    def start(self) -> None:
-        """Start it and return once it is ready."""
+    def launch(self) -> "subprocess.Popen[bytes]":
+        """Start it and return at once."""
         environment = {name: value for name, value in os.environ.items() if not name.startswith("SHORTLIST_")}
         environment |= self.settings.as_environment() | {"OMP_NUM_THREADS": "1"}
         with self.log.open("ab") as output:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "app.cli", "serve"], env=environment, stdout=output, stderr=subprocess.STDOUT
             )
+        return self.process
+
+    def start(self) -> None:
+        """Start it and return once it is ready."""
+        process = self.launch()
         deadline = time.monotonic() + 90
         while time.monotonic() < deadline:
-            assert self.process.poll() is None, self.log.read_text()
+            assert process.poll() is None, self.log.read_text()
             try:
                 if self.client.get("/health/ready").status_code == 200:
                     return
             except httpx2.TransportError:
-                self.process.poll()
+                process.poll()
         raise AssertionError(f"the server was not ready in time:\n{self.log.read_text()}")
 
     def kill(self) -> None:

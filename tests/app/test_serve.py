@@ -132,6 +132,25 @@ def test_several_processes_know_at_once_what_one_was_told(live_server: Callable[
     assert server.stop() == 0
 
 
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+def test_processes_that_start_end_with_the_one_that_started_them(live_server: Callable[..., Any]) -> None:
+    server = live_server(embedded_worker=False, workers=2)
+    process = server.launch()
+
+    def serving() -> list[int]:
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        return [int(pid) for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+    until(lambda: len(serving()) == 2)
+    started = serving()
+    server.kill()  # before they have read a line of ours
+    try:
+        until(lambda: not any(map(alive, started)))
+    finally:
+        for pid in filter(alive, started):
+            os.kill(pid, signal.SIGKILL)
+
+
 def test_it_listens_on_loopback_alone_until_there_is_a_key(sqlite_settings: Settings) -> None:
     open_to_all = sqlite_settings.model_copy(update={"host": "0.0.0.0"})
     with pytest.raises(UnsafeAddressError, match="shortlist keys create"):
