@@ -256,7 +256,7 @@ class Ranker:
         if active is not None:
             user_index, history = self._active_models.user_index(active, state.user_id), state.history
             if page is not None and len(page.history):  # all that is left of what a further page is ranked by
-                seen = page.history
+                seen = active.candidates.not_erased(page.history)
             else:
                 seen = active.item_indices.of_numbers(history.items, history.interactions)
         drawn = {draw.item_id for draw in ranking.draws}

@@ -93,3 +93,20 @@ def test_what_chance_put_there_says_so(settings: Settings, publish: Any, connect
         items = [item for _ in range(5) for item in recommend(client, k=10)["items"]]
     assert any(item["exploration"] for item in items)
     assert all((item["reason"]["method"] == "exploration") == item["exploration"] for item in items)
+
+
+def test_an_item_that_was_erased_between_two_pages(client: TestClient, publish: Any) -> None:
+    publish("v1", ITEMS)
+    activated(client)
+    for number in (3, 9):
+        click(client, ITEMS[number], "a stranger")
+    cursor = recommend(client, "a stranger", k=5)["next_cursor"]
+
+    def named() -> set[str]:
+        items = recommend(client, "a stranger", k=20, cursor=cursor)["items"]
+        return {one["item_id"] for item in items for one in item["reason"]["because"]}
+
+    assert named() == {ITEMS[3], ITEMS[9]}
+    assert client.delete(f"/items/{ITEMS[3]}").is_success
+    assert client.put(f"/items/{ITEMS[3]}", json={"title": "another thing"}).is_success
+    assert named() == {ITEMS[9]}  # nobody took what stands under the id now
