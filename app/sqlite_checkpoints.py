@@ -11,7 +11,7 @@ from typing import Any
 
 import structlog
 from sqlalchemy.engine import Engine
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import SQLAlchemyError
 
 from app.database import driver_connection
 
@@ -51,7 +51,7 @@ class SqliteCheckpoints:
             try:
                 connection = connection or driver_connection(self._engine)
                 connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
-            except (OperationalError, sqlite3.Error) as error:  # as on a full disk: writers meet it again, and tell
+            except (SQLAlchemyError, sqlite3.Error) as error:  # as on a full disk: writers meet it again, and tell
                 log.debug("checkpoint_failed", reason=type(error).__name__)
         if connection is not None:
             connection.close()

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 from sqlalchemy.engine import Engine
+from structlog.testing import capture_logs
 
-from app.database import KeptWriter
+from app.database import KeptWriter, create_engine
 from app.sqlite_checkpoints import LOWEST_PRIORITY, SqliteCheckpoints
 from app.tables import events
 
@@ -61,3 +62,18 @@ def test_the_log_is_moved_while_a_writer_goes_on(engine: Engine, tmp_path: Path)
         checkpoints.stop()
         writer.close()
     assert not thread.is_alive()
+
+
+def test_a_free_connection_is_waited_for(sqlite_url: str) -> None:
+    engine = create_engine(sqlite_url, pool_size=1, max_overflow=0, pool_timeout=0.01)
+    checkpoints = SqliteCheckpoints(engine, every_seconds=0.01)
+    with capture_logs() as logged:
+        with engine.connect():  # the only one
+            checkpoints.start()
+            (thread,) = [thread for thread in threading.enumerate() if thread.name == "checkpoints"]
+            while thread.is_alive() and len(logged) < 2:
+                thread.join(0.01)
+        assert {entry["reason"] for entry in logged} == {"TimeoutError"}
+    assert thread.is_alive()
+    checkpoints.stop()
+    engine.dispose()
