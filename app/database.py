@@ -108,6 +108,16 @@ def writing(engine: Engine) -> Iterator[Connection]:
         yield connection
 
 
+def cluster_of(connection: Connection) -> str:
+    """What PostgreSQL's transaction ids belong to: another after a restore from a dump, or to an earlier time."""
+    if connection.dialect.name == "sqlite":
+        return ""
+    query = """SELECT (SELECT system_identifier FROM pg_control_system()) || '/'
+                   || (SELECT timeline_id FROM pg_control_checkpoint()) || '/'
+                   || (SELECT oid FROM pg_database WHERE datname = current_database())"""
+    return str(connection.exec_driver_sql(query).scalar_one())
+
+
 def driver_connection(engine: Engine) -> Any:
     """A connection of the driver's own, made as the engine makes them, that does not return to the pool."""
     try:

@@ -16,7 +16,7 @@ from app import audit
 from app.catalog_rows import SHAPES, Kind
 from app.database import writing
 from app.serving.interaction_counts import mark_of, safe_through
-from app.tables import erasures, events, recommendation_log, snapshots
+from app.tables import erasures, events, item_counts, recommendation_log, snapshots
 
 ROWS_AT_A_TIME = 5_000
 
@@ -99,6 +99,8 @@ def _erase(connection: Connection, kind: Kind, identifier: str, actor: str, foun
         )
         details = {"catalog": gone, "events": gone_events, "log_rows": gone_rows}
         audit.record(connection, actor, f"{kind}.erase", f"sha256:{subject}", details)
+        # They hold ids of items, and count what is gone. After the row above: whoever saves others waits, and sees it.
+        connection.execute(sa.delete(item_counts))
     return erased
 
 

@@ -65,6 +65,9 @@ def _transaction_id_elsewhere(_element: CurrentTransactionId, _compiler: SQLComp
 # Ids compare byte by byte on both databases, so that lists and cursors have one order.
 Identifier = sa.String(MAX_ID_LENGTH).with_variant(sa.String(MAX_ID_LENGTH, collation="C"), "postgresql")
 
+# The transaction id of events whose own is another cluster's: below all that PostgreSQL hands out.
+SETTLED = 0
+
 # SQLite counts rows in INTEGER PRIMARY KEY alone, which is 64 bits wide there.
 Position = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
 
@@ -134,7 +137,26 @@ events = sa.Table(
     # What is newer of a user's history. SQLite has one on ((position >> BLOCK_BITS), user_id) instead, which grows at
     # its end alone; Alembic cannot compare such a one, so it stands in the migrations only.
     sa.Index("ix_events_user_id_transaction_id", "user_id", "transaction_id").ddl_if("postgresql"),
+    # What was taken back; other events have no entry.
+    sa.Index(
+        "ix_events_user_id_retracts",
+        "user_id",
+        "retracts",
+        sqlite_where=sa.text("retracts IS NOT NULL"),
+        postgresql_where=sa.text("retracts IS NOT NULL"),
+    ),
     sqlite_autoincrement=True,
+)
+
+# How often each item was chosen, in parts that `app/serving/saved_counts.py` writes and reads, so that a process that
+# starts counts only what came since. An erasure takes them away: they can always be counted anew.
+item_counts = sa.Table(
+    "item_counts",
+    metadata,
+    sa.Column("part", sa.Integer, primary_key=True, autoincrement=False),
+    sa.Column("state", sa.Text, nullable=False),  # JSON: of what they are the counts; the same in all parts
+    sa.Column("counts", sa.Text, nullable=False),  # JSON: {item_id: count}
+    sa.Column("sha256", sa.String(64), nullable=False),  # of the row
 )
 
 recommendation_log = sa.Table(

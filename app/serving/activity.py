@@ -12,8 +12,7 @@ import numpy.typing as npt
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
-from app.serving.catalog import Catalog
-from app.serving.interaction_counts import HourOf, mark_of, new_interactions, safe_through
+from app.serving.interaction_counts import Counted, HourOf, goes_on, look, mark_of, new_interactions
 from app.tables import events
 from ml.snapshots import EventMeaning
 
@@ -80,16 +79,15 @@ class Activity:
     def __init__(
         self,
         meanings: Mapping[str, EventMeaning],
-        catalog: Catalog,
         clock: Callable[[], datetime] = lambda: datetime.now(UTC),
+        quiet_through: Callable[[datetime], int] = lambda _: 0,
     ) -> None:
         self._meanings = dict(meanings)
-        self._catalog = catalog
         self._clock = clock
+        self._quiet_through = quiet_through  # a mark up to which all interactions are older than a moment
         self._hours: dict[int, _Hour] = {}
         self._numbers = _Numbers()
-        self._through = 0  # a position on SQLite, a transaction id on PostgreSQL
-        self._erasures_through = 0
+        self._counted: Counted | None = None
         self._generation = 0
         self._orders: OrderedDict[tuple[Kind, int], _Order] = OrderedDict()
         self._lock = threading.Lock()
@@ -125,11 +123,14 @@ class Activity:
 
     def poll(self, connection: Connection) -> None:
         """Count the events that came since, and let go of what is too long ago."""
-        erasures, through = self._catalog.erasures_through, safe_through(connection)
-        again = erasures != self._erasures_through  # the events of what was erased are gone: count those that are left
-        since, numbers = (0, _Numbers()) if again else (self._through, self._numbers)
+        now, counted = look(connection), self._counted
+        again = counted is None or not goes_on(connection, counted, now)
         oldest = _hour_of(self._clock()) - MAX_POPULAR_HOURS
-        changes = self._changes(connection, numbers, since, through, oldest) if through > since else {}
+        if counted is None or again:
+            since, numbers = self._quiet_through(_start_of(oldest)), _Numbers()
+        else:
+            since, numbers = counted.through, self._numbers
+        changes = self._changes(connection, numbers, since, now.through, oldest) if now.through > since else {}
         with self._lock:
             if again:
                 self._hours, self._numbers = {}, numbers
@@ -139,13 +140,13 @@ class Activity:
             for hour, (chosen, counts) in changes.items():
                 self._hours.setdefault(hour, _Hour()).add(chosen, counts)
             self._generation += bool(changes or expired or again)
-            self._through, self._erasures_through = through, erasures
+            self._counted = now
 
     def _changes(
         self, connection: Connection, numbers: "_Numbers", since: int, through: int, oldest: int
     ) -> dict[int, tuple[list[int], list[int]]]:
         """Item numbers and counts to add, by hour."""
-        mark, moment = mark_of(connection), datetime.fromtimestamp(oldest * 3600, UTC)
+        mark, moment = mark_of(connection), _start_of(oldest)
         changes: dict[int, tuple[list[int], list[int]]] = defaultdict(lambda: ([], []))
         for rows, sign in zip(new_interactions(self._meanings, mark, since, through), (1, -1), strict=True):
             hour = HourOf(rows.c.occurred_at)

@@ -1,6 +1,7 @@
 """Which interactions came, and which were taken back, since an earlier look at the events."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
@@ -10,7 +11,7 @@ from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.functions import FunctionElement
 
-from app.tables import events
+from app.tables import SETTLED, erasures, events
 from ml.snapshots import ANY_TYPE, RETRACT, EventMeaning, meaning_of
 
 
@@ -53,36 +54,30 @@ def new_interactions(
 ) -> tuple[sa.Subquery, sa.Subquery]:
     """The interactions stored after `since` and up to `through`, and those taken back in that time; an event a row.
 
-    Both have the columns position, item_id and occurred_at.
+    Both have the columns position, item_id and occurred_at. Step by step they come to the same as all at once: an event
+    may be taken back more than once and counts as taken back once, and what was taken back before it came never comes.
     """
     retract, earlier = events.alias("retract"), events.alias("earlier")
     columns = (events.c.position, events.c.item_id, events.c.occurred_at)
-    came = (
-        sa.select(*columns)
-        .where(events.c[mark] > since, events.c[mark] <= through, interaction_condition(meanings, events))
-        .subquery()
-    )
+    came = sa.select(*columns).where(events.c[mark] <= through, interaction_condition(meanings, events))
     taken_back = (
         sa.select(*columns)
         .join_from(
             retract, events, sa.and_(events.c.user_id == retract.c.user_id, events.c.event_id == retract.c.retracts)
         )
-        .where(
-            retract.c.type == RETRACT,
-            retract.c[mark] > since,
-            retract.c[mark] <= through,
-            interaction_condition(meanings, events),
-            # An event may be taken back more than once, and counts as taken back once.
-            ~sa.exists().where(
-                earlier.c.user_id == retract.c.user_id,
-                earlier.c.retracts == retract.c.retracts,
-                earlier.c[mark] <= since,
-            ),
-        )
+        .where(retract.c.type == RETRACT, events.c[mark] <= through, interaction_condition(meanings, events))
         .distinct()
-        .subquery()
     )
-    return came, taken_back
+    if since:
+        known = sa.exists().where(
+            earlier.c.user_id == events.c.user_id, earlier.c.retracts == events.c.event_id, earlier.c[mark] <= since
+        )
+        came = came.where(events.c[mark] > since, ~known)
+        taken_back = taken_back.where(retract.c[mark] > since, retract.c[mark] <= through, ~known)
+    else:
+        # Not `mark <= through`, which SQLite would read all events by, instead of the index of those that take back.
+        taken_back = taken_back.where(retract.c[mark] + 0 <= through)
+    return came.subquery(), taken_back.subquery()
 
 
 def mark_of(connection: Connection) -> str:
@@ -96,3 +91,37 @@ def safe_through(connection: Connection) -> int:
         oldest_running = sa.text("SELECT pg_snapshot_xmin(pg_current_snapshot())::text::bigint")
         return int(connection.execute(oldest_running).scalar_one()) - 1
     return int(connection.execute(sa.select(sa.func.max(events.c.position))).scalar() or 0)
+
+
+@dataclass(frozen=True)
+class Counted:
+    """How far the events were counted, and what tells that they are the same ones still."""
+
+    through: int = 0  # a position on SQLite, a transaction id on PostgreSQL
+    newest: int = 0  # the position of the newest event
+    received_at: datetime | None = None  # of the newest event
+    erasures_through: int = 0
+    settled: bool = False  # whether events of a restored dump became visible
+
+
+def look(connection: Connection) -> Counted:
+    """How far the events can be counted that a connection sees."""
+    newest = connection.execute(
+        sa.select(events.c.position, events.c.received_at).order_by(events.c.position.desc()).limit(1)
+    ).first()
+    position, received_at = (0, None) if newest is None else newest
+    erased = connection.scalar(sa.select(sa.func.max(erasures.c.sequence))) or 0
+    if connection.dialect.name != "postgresql":
+        return Counted(position, position, received_at, erased)
+    settled = bool(connection.scalar(sa.select(sa.exists().where(events.c.transaction_id <= SETTLED))))
+    return Counted(safe_through(connection), position, received_at, erased, settled)
+
+
+def goes_on(connection: Connection, earlier: Counted, now: Counted) -> bool:
+    """Whether counts of an earlier look need only what came since: nothing was erased, emptied or restored."""
+    if (earlier.erasures_through, earlier.settled) != (now.erasures_through, now.settled):
+        return False
+    if earlier.through > now.through or earlier.newest > now.newest:
+        return False
+    newest = sa.select(events.c.received_at).where(events.c.position == earlier.newest)
+    return not earlier.newest or connection.scalar(newest) == earlier.received_at

@@ -1,22 +1,33 @@
-"""How often each item was chosen by anyone: counted once at the start, then kept in step with the new events."""
+"""How often each item was chosen by anyone: read from SQL at the start, then kept in step with the new events."""
 
 import heapq
 import random
 import threading
 from bisect import bisect_left, bisect_right
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
-from itertools import chain, groupby
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass, field, replace
+from datetime import datetime
+from itertools import groupby
 
 import sqlalchemy as sa
-from sqlalchemy.engine import Connection
+import structlog
+from sqlalchemy.engine import Connection, Engine
+from sqlalchemy.exc import SQLAlchemyError
 
+from app.database import outage_reason, reading
 from app.serving.catalog import Catalog
 from app.serving.filters import EVERY_CATEGORY, CategoryFilter
-from app.serving.interaction_counts import mark_of, new_interactions, safe_through
+from app.serving.interaction_counts import Counted, goes_on, look, mark_of, new_interactions
+from app.serving.saved_counts import Days, ItemCounts, load, save, saved
 from ml.snapshots import EventMeaning
 
+log = structlog.get_logger(__name__)
+
+# Counts are saved once so many events came since, or a quarter as many as items have counts.
+SAVE_EVERY = 50_000
+# More than `app.serving.activity` looks back, which asks up to where all is older.
+REMEMBERED_DAYS = 35
 # Orders of categories kept beside the whole one.
 REMEMBERED_CATEGORIES = 256
 
@@ -32,15 +43,14 @@ class _Order:
 
 
 class Popularity:
-    """Counts of interactions by item. `poll` runs on one thread; `ranked` on any."""
+    """Counts of interactions by item. One thread at a time may `poll`, and one may `save`; `ranked` runs on any."""
 
     def __init__(self, meanings: Mapping[str, EventMeaning], catalog: Catalog) -> None:
         self.loaded = False
         self._meanings = dict(meanings)
         self._catalog = catalog
-        self._counts = Counter[str]()
-        self._through = 0  # a position on SQLite, a transaction id on PostgreSQL
-        self._erasures_through = 0
+        self._counts: ItemCounts | None = None
+        self._saved = Counted()  # how far the counts in SQL go, as far as is known
         self._order = _Order([], {}, revision=-1)
         self._lock = threading.Lock()
 
@@ -82,33 +92,73 @@ class Popularity:
 
     def poll(self, connection: Connection) -> None:
         """Count the events that came since, and bring the order up to date."""
-        erasures = self._catalog.erasures_through
-        through = safe_through(connection)
-        again = erasures != self._erasures_through  # the events of what was erased are gone: count those that are left
-        counts, since = (Counter[str](), 0) if again else (self._counts, self._through)
-        counted = self._count(connection, counts, since, through) if through > since else set()
-        self._counts, self._through, self._erasures_through = counts, through, erasures
-        if again or not self.loaded:
-            self._sort()
-        elif counted or self._order.revision != self._catalog.revision:
-            self._follow(counted)
+        now, counts = look(connection), self._counts
+        if counts is None or not goes_on(connection, counts.counted, now):
+            counts = load(connection, self._meanings, now) or ItemCounts({}, Counted())
+            self._saved = counts.counted
+            counts, _ = self._counted(connection, counts, now)
+            self._sort(counts.by_item)
+        else:
+            counts, changed = self._counted(connection, counts, now)
+            if changed or self._order.revision != self._catalog.revision:
+                self._follow(counts.by_item, changed)
+        self._counts = counts
         self.loaded = True
 
-    def _count(self, connection: Connection, counts: Counter[str], since: int, through: int) -> set[str]:
-        """Add to the counts; the items whose count changed."""
-        came, taken_back = (
-            connection.execute(sa.select(rows.c.item_id, sa.func.count()).group_by(rows.c.item_id)).all()
-            for rows in new_interactions(self._meanings, mark_of(connection), since, through)
-        )
-        for item_id, count in came:
-            counts[item_id] += count
-        for item_id, count in taken_back:
-            counts[item_id] -= count
-        return {item_id for item_id, _ in chain(came, taken_back)}
+    def quiet_through(self, moment: datetime) -> int:
+        """A mark up to which no interaction occurred at this moment or later; 0 where none is known."""
+        days = () if self._counts is None else self._counts.days
+        return next((mark for mark, latest in reversed(days) if latest < moment), 0)
 
-    def _sort(self) -> None:
+    def save(self, engine: Engine) -> None:
+        """Keep the counts in SQL if many events came since they were kept; what cannot be kept is counted again."""
+        counts = self._counts
+        if counts is None or not self._is_due(counts):
+            return
+        self._saved = counts.counted  # also where it fails: the next attempt is made after as many events
+        try:
+            with reading(engine) as connection:
+                there = saved(connection, self._meanings, look(connection))
+            if there is not None:  # another process's
+                self._saved = there
+                if not self._is_due(counts):
+                    return
+                self._saved = counts.counted
+            save(engine, self._meanings, counts)
+        except SQLAlchemyError as error:
+            log.warning("item_counts_not_saved", reason=outage_reason(error))
+
+    def _is_due(self, counts: ItemCounts) -> bool:
+        known, counted = self._saved, counts.counted
+        same = (known.erasures_through, known.settled) == (counted.erasures_through, counted.settled)
+        came = counted.newest - (known.newest if same and known.newest <= counted.newest else 0)
+        return came >= max(SAVE_EVERY, len(counts.by_item) // 4)
+
+    def _counted(self, connection: Connection, counts: ItemCounts, now: Counted) -> tuple[ItemCounts, Set[str]]:
+        """The counts up to now, and the items that something came of or was taken back of."""
+        since = counts.counted.through
+        if now.through <= since:
+            return replace(counts, counted=now), set()
+        came, taken_back = new_interactions(self._meanings, mark_of(connection), since, now.through)
+        changes = Counter[str]()
+        latest = []
+        newest = sa.func.max(came.c.occurred_at)
+        for item_id, count, occurred_at in connection.execute(_by_item(came).add_columns(newest)):
+            changes[item_id] += count
+            latest.append(occurred_at)
+        for item_id, count in connection.execute(_by_item(taken_back)):
+            changes[item_id] -= count
+        by_item = counts.by_item.copy() if changes else counts.by_item
+        for item_id, change in changes.items():
+            count = by_item.get(item_id, 0) + change
+            if count > 0:
+                by_item[item_id] = count
+            else:
+                by_item.pop(item_id, None)
+        return ItemCounts(by_item, now, _with(counts.days, now.through, latest)), changes.keys()
+
+    def _sort(self, counts: dict[str, int]) -> None:
         revision = self._catalog.revision
-        counts = {item_id: count for item_id, count in self._counts.items() if count > 0}
         by_count: dict[int, list[str]] = defaultdict(list)
         # Items that nobody chose yet come last: a new catalogue is better than nothing.
         for item_id in counts.keys() | set(self._catalog.entries):
@@ -119,20 +169,13 @@ class Popularity:
             item_ids += equal
         self._order = _Order(item_ids, counts, revision)
 
-    def _follow(self, counted: set[str]) -> None:
+    def _follow(self, counts: dict[str, int], counted: Set[str]) -> None:
         """Move the items whose count changed to their new places, and those that came or went."""
         order, revision = self._order, self._catalog.revision
         changes = self._catalog.changes_since(order.revision)
         if changes is None or len(changes) + len(counted) > len(order.item_ids) // 2:
-            self._sort()
+            self._sort(counts)
             return
-        counts = order.counts.copy()
-        for item_id in counted:
-            count = self._counts[item_id]
-            if count > 0:
-                counts[item_id] = count
-            else:
-                counts.pop(item_id, None)
 
         def place(item_id: str) -> tuple[int, str]:
             return -counts.get(item_id, 0), item_id
@@ -163,3 +206,17 @@ class Popularity:
                     order.of_category.clear()
                 order.of_category[category] = item_ids
         return item_ids
+
+
+def _by_item(rows: sa.Subquery) -> sa.Select[str, int]:
+    return sa.select(rows.c.item_id, sa.func.count()).group_by(rows.c.item_id)
+
+
+def _with(days: Days, through: int, latest: Sequence[datetime]) -> Days:
+    """The days with interactions up to a mark, which occurred at the latest then."""
+    if not days:
+        return ((through, max(latest)),) if latest else ()
+    before = days[-1][1]
+    newest = max([before, *latest])
+    kept = days if newest.date() > before.date() else days[:-1]
+    return (*kept, (through, newest))[-REMEMBERED_DAYS:]

@@ -186,7 +186,8 @@ class Service:
         while not self._stopping.wait(self.settings.model_poll_seconds):
             started = time.monotonic()
             try:
-                self.poll()
+                if self.poll():
+                    self.popularity.save(self.engine)
             except Exception:  # the thread must outlive whatever it meets: without it nothing new would be seen
                 log.exception("poll_failed")
             self.metrics.gauge("poll_seconds", "Time of the last look at the database.").set(time.monotonic() - started)
@@ -212,7 +213,7 @@ def build_service(settings: Settings) -> Service:
     )
     histories = Histories(engine, catalog, settings.event_meanings, settings.max_history, on_news=active_models.keep_up)
     popularity = Popularity(settings.event_meanings, catalog)
-    activity = Activity(settings.event_meanings, catalog)
+    activity = Activity(settings.event_meanings, quiet_through=popularity.quiet_through)
     latest = Latest(catalog)
     lost = metrics.counter("recommendation_log_lost", "Answers that did not reach the recommendation log.")
     recommendation_log = RecommendationLog(engine, on_lost=lost.inc)

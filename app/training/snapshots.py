@@ -17,9 +17,9 @@ import sqlalchemy as sa
 import structlog
 from sqlalchemy.engine import Connection, Engine
 
-from app.database import writing
+from app.database import cluster_of, writing
 from app.settings import Settings
-from app.tables import erasures, events, snapshots
+from app.tables import SETTLED, erasures, events, snapshots
 from app.times import rfc3339
 from app.training.runs import database_now
 from ml.snapshots import (
@@ -37,7 +37,6 @@ from ml.store import Store
 
 ROWS_PER_PART = 1_000_000
 ROWS_PER_FETCH = 20_000
-SETTLED = 0  # a transaction id below all that PostgreSQL hands out
 
 log = structlog.get_logger(__name__)
 
@@ -63,7 +62,8 @@ def take_snapshot(
     `check` is called often and may raise to give up. Nothing counts before the last step, so that a call that was
     killed is made up for by the next, and several at once do not disturb one another.
     """
-    cluster = _cluster(engine)
+    with engine.connect() as connection:
+        cluster = cluster_of(connection)
     parent = _parent(engine, store, cluster)
     if parent is None:
         _settle_restored(engine)
@@ -108,17 +108,6 @@ def take_snapshot(
         connection.execute(sa.insert(snapshots).values(row))
     log.info("snapshot taken", hash=snapshot.hash, parts=len(parts), rows=sum(part.rows for part in parts))
     return snapshot
-
-
-def _cluster(engine: Engine) -> str:
-    """What the transaction ids belong to: another name after a restore from a dump, or to an earlier time."""
-    if engine.dialect.name == "sqlite":
-        return ""
-    query = """SELECT (SELECT system_identifier FROM pg_control_system()) || '/'
-                   || (SELECT timeline_id FROM pg_control_checkpoint()) || '/'
-                   || (SELECT oid FROM pg_database WHERE datname = current_database())"""
-    with engine.connect() as connection:
-        return str(connection.exec_driver_sql(query).scalar_one())
 
 
 def _parent(engine: Engine, store: Store, cluster: str) -> Snapshot | None:

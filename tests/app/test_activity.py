@@ -8,7 +8,6 @@ from sqlalchemy.engine import Engine
 
 from app.database import writing
 from app.serving.activity import MAX_POPULAR_HOURS, REFERENCE_WINDOWS, Activity
-from app.serving.catalog import Catalog
 from app.serving.event_store import store_events
 from app.serving.new_events import NewEvent
 from ml.snapshots import DEFAULT_MEANINGS
@@ -24,8 +23,7 @@ class Story:
         self.generator = np.random.default_rng(seed)
         self.now = START
         self.counted: dict[str, tuple[str, datetime]] = {}  # by event id: item and moment
-        self.catalog = Catalog()
-        self.activity = Activity(DEFAULT_MEANINGS, self.catalog, clock=lambda: self.now)
+        self.activity = Activity(DEFAULT_MEANINGS, clock=lambda: self.now)
 
     def go_on(self, events: int, hours: float) -> None:
         """Store events of the weeks before now, take a few back, and let time pass."""
@@ -46,7 +44,6 @@ class Story:
         with writing(self.engine) as connection:
             store_events(connection, batch, "create")
         with self.engine.connect() as connection:
-            self.catalog.follow(connection)
             self.activity.poll(connection)
         self.now += timedelta(hours=hours)
         with self.engine.connect() as connection:

@@ -13,14 +13,16 @@ from fastapi.testclient import TestClient
 from sqlalchemy.engine import Engine
 
 from app import erasure
-from app.database import create_engine, writing
+from app.database import create_engine, reading, writing
 from app.erasure import Erased, erase, subject_sha256
 from app.imported_events import EVENT_COLUMNS, open_writer
+from app.serving import popularity
+from app.serving.catalog import Catalog
 from app.serving.recommendation_log import SHOWN, RecommendationLog, Shown
 from app.settings import Settings
-from app.tables import audit_log, erasures, events, items, recommendation_log, snapshots, users
+from app.tables import audit_log, erasures, events, item_counts, items, recommendation_log, snapshots, users
 from app.training.snapshots import take_snapshot
-from ml.snapshots import read_parts
+from ml.snapshots import DEFAULT_MEANINGS, read_parts
 from ml.store import open_store
 
 NOW = datetime(2026, 11, 21, 9, 30, tzinfo=UTC)
@@ -166,18 +168,27 @@ def test_what_an_import_brings_back_is_in_the_catalogue_again(engine: Engine) ->
         assert connection.execute(sa.select(items.c.item_id)).scalars().all() == ["i"]
 
 
-def test_what_is_erased_is_gone_from_the_file(sqlite_url: str) -> None:
+def test_what_is_erased_is_gone_from_the_file(sqlite_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(popularity, "SAVE_EVERY", 1)
     path = Path(sqlite_url.removeprefix("sqlite:///"))
     engine = create_engine(sqlite_url)
     with writing(engine) as connection:
-        connection.execute(sa.insert(events), [event(f"user-{n}", n) for n in range(200)])
+        connection.execute(sa.insert(events), [event(f"user-{n}", n, f"item-{n}") for n in range(200)])
         connection.execute(sa.insert(events), event("somebody-unmistakable", 1))
+        connection.execute(sa.insert(events), event("user-0", 200, "something-unmistakable"))
+    counts = popularity.Popularity(DEFAULT_MEANINGS, Catalog())
+    with reading(engine) as connection:
+        counts.poll(connection)
+    counts.save(engine)
+    with engine.connect() as connection:
+        assert "something-unmistakable" in connection.execute(sa.select(item_counts.c.counts)).scalar_one()
     erase(engine, "user", "somebody-unmistakable", actor="cli")
+    erase(engine, "item", "something-unmistakable", actor="cli")
     with engine.connect() as connection:
         connection.commit()
         connection.connection.driver_connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
     engine.dispose()
-    assert b"somebody-unmistakable" not in path.read_bytes()
+    assert b"unmistakable" not in path.read_bytes()
     assert b"user-199" in path.read_bytes()
 
 
