@@ -12,7 +12,7 @@ import numpy.typing as npt
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
-from app.serving.interaction_counts import Counted, HourOf, goes_on, look, mark_of, new_interactions
+from app.serving.interaction_counts import Counted, HourOf, NewInteractions, goes_on, look
 from app.tables import events
 from ml.snapshots import EventMeaning
 
@@ -82,7 +82,7 @@ class Activity:
         clock: Callable[[], datetime] = lambda: datetime.now(UTC),
         quiet_through: Callable[[datetime], int] = lambda _: 0,
     ) -> None:
-        self._meanings = dict(meanings)
+        self._new_interactions = NewInteractions(meanings, _by_hour)
         self._clock = clock
         self._quiet_through = quiet_through  # a mark up to which all interactions are older than a moment
         self._hours: dict[int, _Hour] = {}
@@ -146,17 +146,11 @@ class Activity:
         self, connection: Connection, numbers: "_Numbers", since: int, through: int, oldest: int
     ) -> dict[int, tuple[list[int], list[int]]]:
         """Item numbers and counts to add, by hour."""
-        mark, moment = mark_of(connection), _start_of(oldest)
         changes: dict[int, tuple[list[int], list[int]]] = defaultdict(lambda: ([], []))
-        for rows, sign in zip(new_interactions(self._meanings, mark, since, through), (1, -1), strict=True):
-            hour = HourOf(rows.c.occurred_at)
-            counted = (
-                sa.select(rows.c.item_id, hour, sa.func.count())
-                .where(rows.c.occurred_at >= sa.literal(moment, events.c.occurred_at.type))
-                .group_by(rows.c.item_id, hour)
-            )
-            for item_id, of_hour, count in connection.execute(counted):
-                chosen, counts = changes[of_hour]
+        found = self._new_interactions(connection, since, through, moment=_start_of(oldest))
+        for rows, sign in zip(found, (1, -1), strict=True):
+            for item_id, hour, count in rows:
+                chosen, counts = changes[hour]
                 chosen.append(numbers.of(item_id))
                 counts.append(sign * count)
         return changes
@@ -181,6 +175,15 @@ class Activity:
         chosen = np.flatnonzero((recent > 0) & (scores > 0))
         chosen = chosen[np.argsort(-scores[chosen])]
         return _Order(state, chosen, -scores[chosen], self._numbers.item_ids)
+
+
+def _by_hour(rows: sa.Subquery) -> sa.Select[str, int, int]:
+    hour, moment = HourOf(rows.c.occurred_at), sa.bindparam("moment", type_=events.c.occurred_at.type)
+    return (
+        sa.select(rows.c.item_id, hour, sa.func.count())
+        .where(rows.c.occurred_at >= moment)
+        .group_by(rows.c.item_id, hour)
+    )
 
 
 def _hour_of(moment: datetime) -> int:

@@ -1,6 +1,6 @@
 """Which interactions came, and which were taken back, since an earlier look at the events."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -49,14 +49,38 @@ def interaction_condition(meanings: Mapping[str, EventMeaning], table: sa.FromCl
     return sa.or_(others, *alternatives)
 
 
-def new_interactions(
-    meanings: Mapping[str, EventMeaning], mark: str, since: int, through: int
-) -> tuple[sa.Subquery, sa.Subquery]:
-    """The interactions stored after `since` and up to `through`, and those taken back in that time; an event a row.
+class NewInteractions:
+    """Sums up the interactions that came, and those that were taken back, between two marks.
 
-    Both have the columns position, item_id and occurred_at. Step by step they come to the same as all at once: an event
-    may be taken back more than once and counts as taken back once, and what was taken back before it came never comes.
+    Step by step they come to the same as all at once: an event may be taken back more than once and counts as taken
+    back once, and what was taken back before it came never comes.
     """
+
+    def __init__(
+        self, meanings: Mapping[str, EventMeaning], summed_up: Callable[[sa.Subquery], sa.Select[*tuple[Any, ...]]]
+    ) -> None:
+        """`summed_up` selects from an event a row, with the columns position, item_id and occurred_at."""
+        self._meanings = dict(meanings)
+        self._summed_up = summed_up
+        # Each is built once: it takes milliseconds, and leaves hundreds of objects that refer to themselves.
+        self._built: dict[tuple[str, bool], list[sa.Select[*tuple[Any, ...]]]] = {}
+
+    def __call__(
+        self, connection: Connection, since: int, through: int, **values: object
+    ) -> tuple[Sequence[sa.Row[*tuple[Any, ...]]], Sequence[sa.Row[*tuple[Any, ...]]]]:
+        """What came after `since` and up to `through`, and what was taken back; `values` are for `summed_up`."""
+        key = mark_of(connection), since == 0
+        if key not in self._built:
+            self._built[key] = [self._summed_up(rows) for rows in _new_interactions(self._meanings, *key)]
+        came, taken_back = self._built[key]
+        values |= {"since": since, "through": through}
+        return connection.execute(came, values).all(), connection.execute(taken_back, values).all()
+
+
+def _new_interactions(
+    meanings: Mapping[str, EventMeaning], mark: str, from_start: bool
+) -> tuple[sa.Subquery, sa.Subquery]:
+    since, through = sa.bindparam("since", type_=sa.BigInteger), sa.bindparam("through", type_=sa.BigInteger)
     retract, earlier = events.alias("retract"), events.alias("earlier")
     columns = (events.c.position, events.c.item_id, events.c.occurred_at)
     came = sa.select(*columns).where(events.c[mark] <= through, interaction_condition(meanings, events))
@@ -68,15 +92,15 @@ def new_interactions(
         .where(retract.c.type == RETRACT, events.c[mark] <= through, interaction_condition(meanings, events))
         .distinct()
     )
-    if since:
+    if from_start:
+        # Not `mark <= through`, which SQLite would read all events by, instead of the index of those that take back.
+        taken_back = taken_back.where(retract.c[mark] + 0 <= through)
+    else:
         known = sa.exists().where(
             earlier.c.user_id == events.c.user_id, earlier.c.retracts == events.c.event_id, earlier.c[mark] <= since
         )
         came = came.where(events.c[mark] > since, ~known)
         taken_back = taken_back.where(retract.c[mark] > since, retract.c[mark] <= through, ~known)
-    else:
-        # Not `mark <= through`, which SQLite would read all events by, instead of the index of those that take back.
-        taken_back = taken_back.where(retract.c[mark] + 0 <= through)
     return came.subquery(), taken_back.subquery()
 
 

@@ -18,7 +18,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from app.database import outage_reason, reading
 from app.serving.catalog import Catalog
 from app.serving.filters import EVERY_CATEGORY, CategoryFilter
-from app.serving.interaction_counts import Counted, goes_on, look, mark_of, new_interactions
+from app.serving.interaction_counts import Counted, NewInteractions, goes_on, look
 from app.serving.saved_counts import Days, ItemCounts, load, save, saved
 from ml.snapshots import EventMeaning
 
@@ -48,6 +48,7 @@ class Popularity:
     def __init__(self, meanings: Mapping[str, EventMeaning], catalog: Catalog) -> None:
         self.loaded = False
         self._meanings = dict(meanings)
+        self._new_interactions = NewInteractions(meanings, _by_item)
         self._catalog = catalog
         self._counts: ItemCounts | None = None
         self._saved = Counted()  # how far the counts in SQL go, as far as is known
@@ -139,15 +140,13 @@ class Popularity:
         since = counts.counted.through
         if now.through <= since:
             return replace(counts, counted=now), set()
-        came, taken_back = new_interactions(self._meanings, mark_of(connection), since, now.through)
+        came, taken_back = self._new_interactions(connection, since, now.through)
         changes = Counter[str]()
-        latest = []
-        newest = sa.func.max(came.c.occurred_at)
-        for item_id, count, occurred_at in connection.execute(_by_item(came).add_columns(newest)):
+        for item_id, count, _ in came:
             changes[item_id] += count
-            latest.append(occurred_at)
-        for item_id, count in connection.execute(_by_item(taken_back)):
+        for item_id, count, _ in taken_back:
             changes[item_id] -= count
+        latest = [occurred_at for _, _, occurred_at in came]
         by_item = counts.by_item.copy() if changes else counts.by_item
         for item_id, change in changes.items():
             count = by_item.get(item_id, 0) + change
@@ -208,8 +207,8 @@ class Popularity:
         return item_ids
 
 
-def _by_item(rows: sa.Subquery) -> sa.Select[str, int]:
-    return sa.select(rows.c.item_id, sa.func.count()).group_by(rows.c.item_id)
+def _by_item(rows: sa.Subquery) -> sa.Select[str, int, datetime]:
+    return sa.select(rows.c.item_id, sa.func.count(), sa.func.max(rows.c.occurred_at)).group_by(rows.c.item_id)
 
 
 def _with(days: Days, through: int, latest: Sequence[datetime]) -> Days:

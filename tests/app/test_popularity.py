@@ -1,5 +1,6 @@
 """The order by popularity is brought up to date step by step, and is the one that counting everything anew gives."""
 
+import gc
 import random
 from datetime import UTC, datetime
 
@@ -8,6 +9,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Engine
 
 from app.database import reading, writing
+from app.serving.activity import Activity
 from app.serving.catalog import Catalog
 from app.serving.event_store import store_events
 from app.serving.filters import CategoryFilter
@@ -66,6 +68,27 @@ def test_step_by_step_or_anew(engine: Engine, seed: int) -> None:
         for categories in filters:
             assert list(followed.ranked(categories)) == list(fresh.ranked(categories))
         assert followed.rarely_chosen(2, 100, random.Random(1)) == fresh.rarely_chosen(2, 100, random.Random(1))
+
+
+def test_a_look_at_what_came_leaves_nothing_that_refers_to_itself(engine: Engine) -> None:
+    """Garbage among old objects waits for minutes, and every process looks once a second."""
+    catalog = Catalog()
+    popularity, activity = Popularity(DEFAULT_MEANINGS, catalog), Activity(DEFAULT_MEANINGS)
+    left = []
+    gc.disable()
+    try:
+        for number in range(5):
+            with writing(engine) as connection:
+                store_events(connection, [NewEvent("anna", f"e-{number}", "item", "click", None, NOW)], "create")
+            gc.collect()
+            polled(engine, catalog, popularity)
+            with reading(engine) as connection:
+                activity.poll(connection)
+            left.append(gc.collect())
+    finally:
+        gc.enable()
+    assert list(popularity.ranked()) == [("item", 5)]
+    assert max(left[2:]) < 50, left  # the first two build statements
 
 
 def test_items_that_came_since_the_last_poll_come_last(engine: Engine) -> None:
