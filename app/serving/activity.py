@@ -124,12 +124,11 @@ class Activity:
     def poll(self, connection: Connection) -> None:
         """Count the events that came since, and let go of what is too long ago."""
         now, counted = look(connection), self._counted
-        again = counted is None or not goes_on(connection, counted, now)
         oldest = _hour_of(self._clock()) - MAX_POPULAR_HOURS
-        if counted is None or again:
-            since, numbers = self._quiet_through(_start_of(oldest)), _Numbers()
+        if counted is not None and goes_on(connection, counted, now):
+            again, since, numbers = False, counted.through, self._numbers
         else:
-            since, numbers = counted.through, self._numbers
+            again, since, numbers = True, self._quiet_through(_start_of(oldest)), _Numbers()
         changes = self._changes(connection, numbers, since, now.through, oldest) if now.through > since else {}
         with self._lock:
             if again:

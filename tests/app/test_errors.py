@@ -48,11 +48,8 @@ def client(connect: Callable[..., TestClient]) -> TestClient:
     @app.get("/circle")
     def circle() -> None:
         problem, reason = Problem(409, "Conflict", "That id is taken."), ValueError("taken")
-        problem.__cause__, reason.__cause__ = reason, problem
-        try:
-            raise reason
-        except ValueError:
-            raise problem  # noqa: B904
+        reason.__cause__ = problem
+        raise problem from reason
 
     @app.get("/gone")
     def gone() -> None:

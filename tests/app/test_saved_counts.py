@@ -74,12 +74,12 @@ def add(
     user: str,
     item: str,
     event_id: str | None = None,
-    type: str = "click",  # noqa: A002
+    kind: str = "click",
     retracts: str | None = None,
     occurred_at: datetime = NOW,
 ) -> str:
     event_id = event_id or str(uuid4())
-    row = {"user_id": user, "event_id": event_id, "item_id": item, "type": type, "retracts": retracts}
+    row = {"user_id": user, "event_id": event_id, "item_id": item, "type": kind, "retracts": retracts}
     with writing(engine) as connection:
         connection.execute(sa.insert(events), {**row, "occurred_at": occurred_at, "received_at": datetime.now(UTC)})
         known = connection.scalar(sa.select(items.c.item_id).where(items.c.item_id == item))
@@ -149,14 +149,14 @@ def test_any_story_comes_to_what_counting_by_hand_gives(engine: Engine, story: l
             user, item, weeks = given_
             clicks.append((user, item, add(engine, user, item, occurred_at=NOW - timedelta(weeks=weeks))))
         elif step == "impression":
-            add(engine, given_[0], given_[1], type="impression")
+            add(engine, given_[0], given_[1], kind="impression")
         elif step == "retract" and clicks:
             user, item, event_id = clicks[given_[0] % len(clicks)]  # some of them twice
-            add(engine, user, item, type=RETRACT, retracts=event_id)
+            add(engine, user, item, kind=RETRACT, retracts=event_id)
         elif step == "retract before":  # as an import may store them
             user, item = given_
             event_id = str(uuid4())
-            add(engine, user, item, type=RETRACT, retracts=event_id)
+            add(engine, user, item, kind=RETRACT, retracts=event_id)
             clicks.append((user, item, event_id))
             two[0].poll()
             add(engine, user, item, event_id)
@@ -197,7 +197,7 @@ def test_a_start_reads_what_is_kept_and_counts_what_came_since(marked: Engine) -
     taken = add(marked, "anna", "item-1")
     add(marked, "anna", "item-0")
     assert started(marked) == [("item-0", 701), ("item-1", 1)]
-    add(marked, "anna", "item-1", type=RETRACT, retracts=taken)
+    add(marked, "anna", "item-1", kind=RETRACT, retracts=taken)
     assert started(marked) == [("item-0", 701), ("item-1", 0)]
 
 
@@ -236,7 +236,7 @@ def test_counts_of_another_release_are_counted_anew(marked: Engine, monkeypatch:
 
 
 def test_counts_of_other_meanings_are_counted_anew(marked: Engine) -> None:
-    add(marked, "anna", "item-1", type="impression")
+    add(marked, "anna", "item-1", kind="impression")
     other = {**DEFAULT_MEANINGS, "impression": EventMeaning()}
     process = Process(marked, other)
     assert process.poll() == [("item-0", 1), ("item-1", 1)]
@@ -298,7 +298,7 @@ def test_transactions_that_commit_late_are_counted_once(postgresql_url: str) -> 
     with writing(engine) as late:
         late.execute(sa.insert(events), {**values, "event_id": "late", "item_id": "item-1"})
         clicked = add(engine, "carl", "item-1")
-        add(engine, "carl", "item-1", type=RETRACT, retracts=clicked)
+        add(engine, "carl", "item-1", kind=RETRACT, retracts=clicked)
         add(engine, "carl", "item-1")
         process = Process(engine)
         assert process.poll() == [("item-0", 1), ("item-1", 0)]
