@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from ml.models.linear_at_rest import linear_at_rest, packed
 from ml.models.ranking_model import Dropout, RankingModel, embedding, pair_scores
+from ml.models.tower import BLOCK_NUMBERS, Tower
 
 # Numbers of the first layer held at once while the tower ranks the catalogue: enough rows for a product at full speed,
 # few enough to stay in a cache; and scores at once where they are to fill a GPU.
@@ -92,6 +93,12 @@ class NeuMF(RankingModel):
 
     def _tower(self, user_share: Tensor, item_share: Tensor) -> Tensor:
         """The tower's part of the score, (batch, n), from the two shares of the first layer's sums."""
+        number = user_share.shape[0] * item_share.shape[-2] * item_share.shape[-1]
+        is_single = item_share.dtype == torch.float32 and item_share.device.type == "cpu"
+        if torch.is_grad_enabled() and is_single and not self.dropout.p and number > BLOCK_NUMBERS:
+            layers = (part for layer in self.deeper_layers for part in (layer.weight, layer.bias))
+            scores: Tensor = Tower.apply(user_share, item_share, self.tower_weights, *layers)  # type: ignore[no-untyped-call]
+            return scores
         # In half precision the layers are half as large; what the user brings would make them whole again.
         sums = user_share.unsqueeze(1).to(item_share.dtype) + item_share
         hidden: Tensor = self.dropout(functional.relu(sums))

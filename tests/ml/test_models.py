@@ -1,8 +1,12 @@
 """What every model must do, and what each says it computes."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from torch import Tensor, tensor
 from torch.nn import functional
 
@@ -140,6 +144,36 @@ def test_neumf_is_the_fused_formula() -> None:
     fused = torch.cat((weights["factor_weights"], weights["tower_weights"])) @ torch.cat((product, hidden))
     score = model(tensor([user]), torch.empty(1, 0), tensor([[item]]))
     assert score.item() == pytest.approx((fused + weights["item_bias.weight"][item, 0]).item(), abs=1e-4)
+
+
+@given(
+    users=st.integers(1, 70),
+    items=st.integers(1, 90),
+    hidden=st.sampled_from([(64,), (130, 7), (64, 32, 16)]),
+    is_shared=st.booleans(),
+)
+@example(users=70, items=90, hidden=(130, 7), is_shared=True)
+@example(users=70, items=90, hidden=(64, 32, 16), is_shared=False)
+@example(users=1, items=90, hidden=(4000,), is_shared=True)
+@settings(deadline=None, max_examples=20)
+def test_neumf_learns_the_same_however_large_the_batch(
+    users: int, items: int, hidden: tuple[int, ...], is_shared: bool
+) -> None:
+    """Large batches go through the tower block by block; in double precision, nothing does."""
+    torch.manual_seed(0)
+    model = NeuMF(70, 90, NeuMFConfig(4, 3, hidden, embedding_dropout=0.0, initial_scale=1.0))
+    asked = torch.arange(items) if is_shared else torch.randint(90, (users, items))
+    wanted = torch.randn(users, items)
+    found = []
+    for each in (model, copy.deepcopy(model).double()):
+        scores = each(torch.arange(users), torch.empty(users, 0), asked)
+        (scores * wanted).sum().backward()
+        gradients = {name: value.grad.to_dense() for name, value in each.named_parameters() if value.grad is not None}
+        found.append({"scores": scores.detach()} | gradients)
+    for name, expected in found[1].items():
+        torch.testing.assert_close(
+            found[0][name].double(), expected, rtol=1e-4, atol=1e-4 * (1 + expected.abs().max().item())
+        )
 
 
 @pytest.mark.parametrize("is_shared", [False, True])
