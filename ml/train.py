@@ -165,11 +165,11 @@ class _Loop:
             processes=self.processes,
         )
         self.number = self.processes.sum_number(len(self.examples))
-        self.optimizer = RowAdam(self.model.parameters(), recipe.learning_rate, l2=recipe.l2)
+        self.parameters = {name: each for name, each in self.model.named_parameters() if each.requires_grad}
+        self.optimizer = RowAdam(self.parameters.values(), recipe.learning_rate, l2=recipe.l2)
         self.generator = torch.Generator(self.device).manual_seed(self.processes.seed(self.seed))
         # What a whole batch shares must be the same in all processes.
         self.common_generator = self.processes.common_generator(self.seed, self.generator)
-        self.parameters = dict(self.model.named_parameters())
         self.tables = {*self.model.user_tables, *self.model.item_tables}
         self.is_hard = recipe.sampling in ("hard", "semi_hard")
         self.hidden_share = recipe.config.unknown_user_share if isinstance(recipe.config, CaserConfig) else 0.0

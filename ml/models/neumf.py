@@ -22,7 +22,11 @@ GPU_BLOCK = 1 << 22
 
 @dataclass(frozen=True)
 class NeuMFConfig:
-    """Sizes of NeuMF: `factors` of the factorisation, `tower_factors` of each embedding under the tower of `hidden`."""
+    """Sizes of NeuMF: `factors` of the factorisation, `tower_factors` of each embedding under the tower of `hidden`.
+
+    Without `weigh_factors` the weights over the factorisation stay at one. The factors can take them up, so no score is
+    lost; but L2, which holds the factors back, would do nothing where such weights grow instead.
+    """
 
     factors: int = 64
     tower_factors: int = 16
@@ -31,6 +35,7 @@ class NeuMFConfig:
     embedding_dropout: float = 0.5
     item_bias: bool = True
     initial_scale: float = 0.01
+    weigh_factors: bool = True
 
 
 class NeuMF(RankingModel):
@@ -62,7 +67,7 @@ class NeuMF(RankingModel):
         self.deeper_layers = nn.ModuleList(nn.Linear(inner, outer) for inner, outer in pairwise(config.hidden))
         self.dropout = Dropout(config.dropout)
         self.embedding_dropout = Dropout(config.embedding_dropout)
-        self.factor_weights = nn.Parameter(torch.ones(config.factors))
+        self.factor_weights = nn.Parameter(torch.ones(config.factors), requires_grad=config.weigh_factors)
         self.tower_weights = nn.Parameter(torch.empty(config.hidden[-1]))
         for layer in (self.user_layer, self.item_layer, *self.deeper_layers):
             nn.init.xavier_uniform_(layer.weight)
