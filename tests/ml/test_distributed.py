@@ -120,6 +120,7 @@ def ended(started: list[Any]) -> list[int | None]:
 CASES = {
     # Pairwise and softmax losses leave NeuMF's last layers directions without a gradient, where Adam follows rounding.
     "neumf": {"loss": "bce"},
+    "neumf-l2": {"loss": "bce", "tower_factors": "4", "hidden": "8,4", "l2": "0.01"},
     "caser": {},
     "matrix_factorization": {
         "l2": "0.01",

@@ -337,6 +337,12 @@ def test_user_balance_weighs_active_users_less() -> None:
     assert weight.flatten().tolist() == pytest.approx([1 / 2, 2, 3])
 
 
+def test_weights_over_neumfs_factors_stay_at_one_where_they_are_not_to_be_learnt() -> None:
+    for name, are_learnt in (("true", True), ("false", False)):
+        model = train(recipe("neumf", weigh_factors=name, l2="0.01", epochs="1"), checkerboard()).model
+        assert bool((model.state_dict()["factor_weights"] != 1).any()) == are_learnt
+
+
 def test_the_initial_model_is_where_training_starts() -> None:
     data = checkerboard()
     settings = recipe("matrix_factorization", learning_rate="1e-12", epochs="1")
