@@ -186,7 +186,7 @@ RECIPES: dict[str, Recipe] = {
         patience=5,
     ),
     # Trained as the plain factorisation is, one target at a time and L2 on the factors: better than the default where
-    # users have many interactions, and several times as long.
+    # users have many interactions, in two to four times the time.
     "neumf-l2": Recipe(
         name="neumf-l2",
         model="neumf",

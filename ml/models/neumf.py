@@ -24,8 +24,8 @@ GPU_BLOCK = 1 << 22
 class NeuMFConfig:
     """Sizes of NeuMF: `factors` of the factorisation, `tower_factors` of each embedding under the tower of `hidden`.
 
-    Without `weigh_factors` the weights over the factorisation stay at one. The factors can take them up, so no score is
-    lost; but L2, which holds the factors back, would do nothing where such weights grow instead.
+    Without `weigh_factors` the weights over the factorisation stay as they start, at one. The factors can take them up,
+    so no score is lost; but where such weights grow, L2 on the factors holds their products back less.
     """
 
     factors: int = 64

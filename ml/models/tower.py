@@ -68,7 +68,7 @@ def _blocks(user_share: Tensor, item_share: Tensor, layers: tuple[Tensor, ...]) 
         items = item_share if item_share.dim() == 2 else item_share[rows]
         hidden = [torch.add(users, items, out=memory[: len(users)]).relu_().view(-1, width)]
         for weight, bias in zip(layers[::2], layers[1::2], strict=True):
-            hidden.append(linear_at_rest(hidden[-1], weight, bias, relu=True))
+            hidden.append(linear_at_rest(hidden[-1], weight, bias).relu_())  # which keeps NaN, as oneDNN's own does not
         yield rows, hidden
 
 

@@ -176,6 +176,14 @@ def test_neumf_learns_the_same_however_large_the_batch(
         )
 
 
+@pytest.mark.parametrize("items", [9, 90])
+def test_neumf_shows_a_weight_that_is_no_number_however_large_the_batch(items: int) -> None:
+    model = NeuMF(70, 90, NeuMFConfig(4, 3, (64, 32), embedding_dropout=0.0))
+    with torch.no_grad():
+        model.deeper_layers[0].get_parameter("weight")[0, 0] = torch.nan
+    assert model(torch.arange(70), torch.empty(70, 0), torch.arange(items)).isnan().all()
+
+
 @pytest.mark.parametrize("is_shared", [False, True])
 def test_caser_is_the_convolutions_of_the_paper(is_shared: bool) -> None:
     torch.manual_seed(0)
