@@ -426,3 +426,20 @@ def test_with_fixed_shapes_a_step_asks_for_no_value_and_learns_the_same(
     assert not found
     for key, value in weights(usual).items():
         assert torch.allclose(value, weights(fixed)[key], atol=1e-4), key
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="PyTorch brings GNU's OpenMP on Linux alone")
+@pytest.mark.parametrize(
+    ("environment", "turns"),
+    [({}, "1000"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "30000000000"), ({"GOMP_SPINCOUNT": "7"}, "7")],
+)
+def test_threads_wait_in_short_turns_unless_told_otherwise(environment: dict[str, str], turns: str) -> None:
+    names = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+    inherited = {name: value for name, value in os.environ.items() if name not in names}
+    # What OpenMP read when it was loaded, by its own account.
+    done = subprocess.run(
+        [sys.executable, "-c", "import ml.train"],
+        env=inherited | {"OMP_DISPLAY_ENV": "VERBOSE"} | environment,
+        capture_output=True, text=True, check=True, cwd=ROOT,
+    )  # fmt: skip
+    assert f"GOMP_SPINCOUNT = '{turns}'" in done.stderr
