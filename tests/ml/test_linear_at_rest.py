@@ -28,6 +28,14 @@ def test_packed_weights_give_the_same_for_any_number_of_rows(rows: int) -> None:
         assert packed(weight, 3) is weight
 
 
+def test_weights_between_others_go_the_same_fast_way() -> None:
+    # Another way is hundreds of times as slow, and rounds otherwise.
+    torch.manual_seed(0)
+    values, table = torch.randn(943, 64), torch.randn(1682, 243)
+    with torch.inference_mode():
+        assert torch.equal(linear_at_rest(values, table[:, 64:128]), linear_at_rest(values, table[:, 64:128].clone()))
+
+
 def test_keeps_gradients_where_they_are_wanted() -> None:
     weight = torch.randn(7, 12, requires_grad=True)
     linear_at_rest(torch.randn(100, 12), weight, relu=True).sum().backward()
