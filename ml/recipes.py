@@ -25,15 +25,15 @@ _MINIMUM: dict[str, tuple[float, bool]] = {
     "margin": (0, True), "negatives": (1, True), "pool": (0, True), "popularity_power": (0, True), "targets": (1, True),
     "learning_rate": (0, False), "l2": (0, True), "batch_size": (1, True), "epochs": (1, True), "patience": (1, True),
     "factors": (1, True), "tower_factors": (1, True), "hidden": (1, True), "window_length": (1, True),
-    "horizontal_filters": (1, True), "vertical_filters": (1, True), "dropout": (0, True), "initial_scale": (0, False),
-    "embedding_dropout": (0, True), "unknown_user_share": (0, True), "recency": (0, True),
-    "user_balance": (0, True),
+    "horizontal_length": (1, True), "horizontal_filters": (1, True), "vertical_filters": (1, True),
+    "dropout": (0, True), "initial_scale": (0, False), "embedding_dropout": (0, True), "unknown_user_share": (0, True),
+    "recency": (0, True), "user_balance": (0, True),
 }  # fmt: skip
 # The largest value of those that take memory or time; what is above is a mistake.
 _MAXIMUM = {
-    "window_length": 1_000, "factors": 65_536, "tower_factors": 65_536, "hidden": 65_536, "horizontal_filters": 65_536,
-    "vertical_filters": 65_536, "targets": 65_536, "epochs": 100_000, "patience": 100_000, "negatives": 1_000_000,
-    "pool": 1_000_000, "batch_size": 10_000_000,
+    "window_length": 1_000, "horizontal_length": 1_000, "factors": 65_536, "tower_factors": 65_536, "hidden": 65_536,
+    "horizontal_filters": 65_536, "vertical_filters": 65_536, "targets": 65_536, "epochs": 100_000, "patience": 100_000,
+    "negatives": 1_000_000, "pool": 1_000_000, "batch_size": 10_000_000,
 }  # fmt: skip
 _MAXIMUM_CHARACTERS = 200
 # A warm start's shares of the epochs and of the learning rate; chosen on validation, docs/experiments.md.
@@ -226,7 +226,14 @@ RECIPES: dict[str, Recipe] = {
     "caser-seeds": Recipe(
         name="caser-seeds",
         model="caser",
-        config=CaserConfig(factors=10, shared_items=False, dropout=0.05, embedding_dropout=0.0, unknown_user_share=0.0),
+        config=CaserConfig(
+            factors=10,
+            window_length=5,
+            shared_items=False,
+            dropout=0.05,
+            embedding_dropout=0.0,
+            unknown_user_share=0.0,
+        ),
         loss="bpr",
         learning_rate=0.04,
         l2=1e-5,

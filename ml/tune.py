@@ -49,7 +49,7 @@ SPACE: dict[str, Range | Choices] = {
     "l2": Range(1e-8, 1e-3),
     "batch_size": Choices((256, 512, 1024, 2048, 4096)),
     "dropout": Range(0.05, 0.7),
-    "window_length": Choices((3, 5, 8, 12, 20)),
+    "window_length": Choices((5, 10, 20, 50)),
     "targets": Choices((1, 2, 3, 5)),
 }
 USUAL = ("learning_rate", "factors", "negatives")

@@ -13,20 +13,24 @@ from ml.models.caser_encoder import CaserEncoder
 from ml.models.linear_at_rest import linear_at_rest
 from ml.models.ranking_model import Dropout, InnerProducts, RankingModel, embedding, negative_distances, pair_scores
 
-# Windows up to this length train with the filters laid out in one product: 16 MiB of weights at 16 filters of width 64.
+# Up to this `horizontal_length` the filters train laid out in one product: 16 MiB of weights at 16 filters of width 64.
 LAID_OUT_LENGTH = 20
+# The share of what the straight filter weighs a recent item at first that an older one has.
+_OLDER_SHARE = 0.1
 
 
 @dataclass(frozen=True)
 class CaserConfig:
     """Sizes of Caser; `similarity` "distance" ranks by nearness, which is what the triplet loss trains.
 
+    Horizontal filters see the latest `horizontal_length` items of the window, vertical ones the whole of it.
     With `shared_items` an item is the same vector in the window and as a target. `unknown_user_share`
     of the training examples hide their user, which trains the row that stands for anybody.
     """
 
     factors: int = 64
-    window_length: int = 5
+    window_length: int = 20
+    horizontal_length: int = 5
     shared_items: bool = True
     horizontal_filters: int = 16
     vertical_filters: int = 4
@@ -60,6 +64,7 @@ class Caser(RankingModel):
             )
         super().__init__(num_users, num_items, config, window_length=config.window_length)
         width, length, scale = config.factors, config.window_length, config.initial_scale
+        self.horizontal_length = recent = min(config.horizontal_length, length)
         self.user_factors = embedding(num_users + 1, width, scale)
         self.window_factors = embedding(num_items, width, scale, padded=True)
         self.item_factors = None if config.shared_items else embedding(num_items, 2 * width, scale)
@@ -67,15 +72,17 @@ class Caser(RankingModel):
         self.item_bias = embedding(num_items, 1, 0.0) if has_bias else None
         # A horizontal filter of height h sees h neighbouring items whole: a linear layer over h * width numbers.
         self.horizontal = nn.ModuleList(
-            _linear(height * width, config.horizontal_filters) for height in range(1, length + 1)
+            _linear(height * width, config.horizontal_filters) for height in range(1, recent + 1)
         )
         # A vertical filter weighs the window's positions, alike for every number of an embedding.
         self.vertical = _linear(length, config.vertical_filters)
-        self.fused = _linear(length * config.horizontal_filters + config.vertical_filters * width, width)
+        self.fused = _linear(recent * config.horizontal_filters + config.vertical_filters * width, width)
         self.projection = _linear(width, width) if config.shared_items else None
         self.straight = nn.Linear(length, 1, bias=False) if config.shared_items else None
         if self.straight is not None:
-            nn.init.constant_(self.straight.weight, 1 / length)
+            nn.init.constant_(self.straight.weight, 1 / recent)
+            with torch.no_grad():
+                self.straight.weight[:, : length - recent] *= _OLDER_SHARE
         self.dropout = Dropout(config.dropout)
         self.embedding_dropout = Dropout(config.embedding_dropout)
         self.compare = pair_scores if config.similarity == "dot" else negative_distances
@@ -119,10 +126,11 @@ class Caser(RankingModel):
 
     def _convolve(self, images: Tensor, turned: Tensor) -> Tensor:
         """The sequence vector z, (batch, width), of the windows' embeddings; `turned` are (batch, width, length)."""
-        # Laid out, filters train faster; their weights grow with the fourth power of the window, and for a few windows
+        latest = images[:, -self.horizontal_length :]
+        # Laid out, filters train faster; their weights grow with the fourth power of the length, and for a few windows
         # laying them out costs more than it saves.
-        is_product = torch.is_grad_enabled() and images.shape[1] <= LAID_OUT_LENGTH
-        sums = self._filtered_in_one_product(images) if is_product else self._filtered(images)
+        is_product = torch.is_grad_enabled() and self.horizontal_length <= LAID_OUT_LENGTH
+        sums = self._filtered_in_one_product(latest) if is_product else self._filtered(latest)
         features = [
             functional.relu(values.amax(1) + layer.get_parameter("bias"))
             for layer, values in zip(self.horizontal, sums, strict=True)

@@ -18,12 +18,13 @@ class CaserEncoder:
     """What `Caser.encode` computes, in numpy, from weights that rest.
 
     A step of PyTorch takes microseconds before it computes anything, and a few users are little to compute. So the
-    horizontal filters become one matrix over the whole window, and what is added to both is added once. Each user is
-    multiplied by the matrices alone: that takes hardly longer than a product for all, and rounds alike in any company.
+    horizontal filters become one matrix over the items that they see, and what is added to both is added once. Each
+    user is multiplied by the matrices alone: that takes hardly longer than a product for all, and rounds alike in any
+    company.
     """
 
     def __init__(self, model: Caser) -> None:
-        length, width, filters = model.window_length, model.config.factors, model.config.horizontal_filters
+        length, width, filters = model.horizontal_length, model.config.factors, model.config.horizontal_filters
         vertical_filters = model.config.vertical_filters
         self._items, self._users = _numbers(model.window_factors.weight), _numbers(model.user_factors.weight)
         # For every height and place, the filters of that height at that place.
@@ -37,7 +38,7 @@ class CaserEncoder:
         self._horizontal, self._horizontal_bias = np.concatenate(rows), np.concatenate(added)
         heights = np.arange(length, 0, -1)
         self._first_places = np.cumsum(heights) - heights
-        self._filters = filters
+        self._filters, self._length = filters, length
         vertical = _numbers(model.vertical.weight)
         fused = _numbers(model.fused.weight)
         whole = fused[:, length * filters :].reshape(len(fused), width, vertical_filters)
@@ -56,7 +57,7 @@ class CaserEncoder:
         """Encode users (batch,), -1 where nobody has seen them, and their windows (batch, window_length)."""
         count = len(users)
         images = self._items[windows]
-        sums = _each(self._horizontal, images.reshape(count, -1))
+        sums = _each(self._horizontal, images[:, -self._length :].reshape(count, -1))
         sums += self._horizontal_bias
         highest = np.maximum.reduceat(sums.reshape(count, -1, self._filters), self._first_places, axis=1)
         vertical = self._vertical @ images

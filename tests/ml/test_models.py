@@ -185,17 +185,19 @@ def test_neumf_shows_a_weight_that_is_no_number_however_large_the_batch(items: i
 
 
 @pytest.mark.parametrize("is_shared", [False, True])
-def test_caser_is_the_convolutions_of_the_paper(is_shared: bool) -> None:
+@pytest.mark.parametrize("horizontal_length", [2, 4, 9])
+def test_caser_is_the_convolutions_of_the_paper(is_shared: bool, horizontal_length: int) -> None:
     torch.manual_seed(0)
-    model = Caser(NUM_USERS, NUM_ITEMS, CaserConfig(4, 3, is_shared, 2, 2, initial_scale=1.0)).eval()
-    config = model.config
-    user, item, window = 3, 7, tensor([[5, 0, 22]])
+    config = CaserConfig(4, 4, horizontal_length, is_shared, 2, 2, initial_scale=1.0)
+    model = Caser(NUM_USERS, NUM_ITEMS, config).eval()
+    user, item, window = 3, 7, tensor([[9, 5, 0, 22]])
     weights = model.state_dict()
     image = weights["window_factors.weight"][window].unsqueeze(1)  # (1, 1, length, factors)
     features = []
-    for height in range(1, config.window_length + 1):
+    for height in range(1, min(horizontal_length, 4) + 1):
         kernel = weights[f"horizontal.{height - 1}.weight"].view(-1, 1, height, config.factors)
-        bands = functional.relu(functional.conv2d(image, kernel, weights[f"horizontal.{height - 1}.bias"]))
+        latest = image[:, :, -horizontal_length:]
+        bands = functional.relu(functional.conv2d(latest, kernel, weights[f"horizontal.{height - 1}.bias"]))
         features.append(functional.max_pool1d(bands.squeeze(3), bands.shape[2]).flatten(1))
     columns = functional.conv2d(image, weights["vertical.weight"].view(-1, 1, config.window_length, 1))
     columns = columns + weights["vertical.bias"].view(1, -1, 1, 1)
@@ -221,15 +223,15 @@ def test_caser_starts_with_every_filter_and_unit_at_work() -> None:
         bias = layer.get_parameter("bias")
         bias.register_hook(lambda gradient, name=name: at_work.__setitem__(name, gradient != 0))
     model(
-        torch.zeros(400, dtype=torch.int64), torch.randint(500, (400, 5)), torch.randint(500, (400, 1))
+        torch.zeros(400, dtype=torch.int64), torch.randint(500, (400, 20)), torch.randint(500, (400, 1))
     ).sum().backward()
     assert len(at_work) == 6
     assert all(bool(working.all()) for working in at_work.values())
 
 
-@pytest.mark.parametrize("length", [1, 2, 7])
-def test_caser_sums_its_filters_alike_in_training_and_ranking(length: int) -> None:
-    model = Caser(3, 9, CaserConfig(factors=4, window_length=length, horizontal_filters=3)).eval()
+@pytest.mark.parametrize(("length", "horizontal_length"), [(1, 1), (2, 2), (7, 7), (7, 3)])
+def test_caser_sums_its_filters_alike_in_training_and_ranking(length: int, horizontal_length: int) -> None:
+    model = Caser(3, 9, CaserConfig(4, length, horizontal_length, horizontal_filters=3)).eval()
     users, windows = tensor([0, 2, 1]), torch.randint(10, (3, length))
     trained = model.encode(users, windows)
     with torch.no_grad():
@@ -306,8 +308,10 @@ def test_impossible_sizes_are_refused() -> None:
 
 
 @pytest.mark.parametrize("shared", [True, False])
-def test_caser_encodes_a_few_users_as_it_does_a_batch(shared: bool) -> None:
-    model = build_model("caser", 4, 30, {"factors": 6, "window_length": 4, "shared_items": shared}).eval()
+@pytest.mark.parametrize("horizontal_length", [3, 4])
+def test_caser_encodes_a_few_users_as_it_does_a_batch(shared: bool, horizontal_length: int) -> None:
+    sizes = {"factors": 6, "window_length": 4, "horizontal_length": horizontal_length}
+    model = build_model("caser", 4, 30, {**sizes, "shared_items": shared}).eval()
     for weight in model.state_dict().values():
         weight.normal_()
     windows = torch.randint(0, 31, (5, 4))
