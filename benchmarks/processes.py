@@ -74,7 +74,7 @@ def main() -> None:
     with joined("cpu") as processes:
         first, end = shares(np.diff(data.offsets), processes.size)[processes.rank : processes.rank + 2]
         own = data.select((data.user_index >= first) & (data.user_index < end))
-        for name in arguments.recipe or ["neumf", "caser"]:
+        for name in arguments.recipe or ["neumf-fast", "caser"]:
             recipe = recipe_named(name)
             recipe = replace(recipe, batch_size=arguments.batch_size or recipe.batch_size)
             measured, started = Measured(processes), time.process_time()

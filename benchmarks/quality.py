@@ -62,14 +62,14 @@ PROTOCOLS = {
 # In the order in which they are computed.
 ROWS = (
     Row("ml-100k", "neumf", (0.150, 0.076), (0.180, 0.090)),
-    Row("ml-100k", "neumf-l2", (0.150, 0.076), (0.180, 0.090)),
     Row("ml-100k", "caser", (0.215, 0.110), (0.250, 0.130)),
     Row("beauty-sequences", "caser", (0.062, 0.034), (0.100, 0.061)),
     Row("ml-1m-predefined", "neumf", (0.150, 0.295), (0.168, 0.326)),
-    Row("ml-1m-predefined", "neumf-balanced", (0.150, 0.295), (0.168, 0.326)),
-    Row("ml-1m-predefined", "neumf-l2", (0.150, 0.295), (0.168, 0.326)),
     Row("ml-1m-sequences", "caser-large", (0.320, 0.178), (0.360, 0.200)),
     Row("ml-1m-sequences", "caser", (UNTUNED * 0.320, UNTUNED * 0.178), (0.360, 0.200)),
+    Row("ml-100k", "neumf-fast"),
+    Row("beauty-sequences", "neumf"),
+    Row("ml-1m-predefined", "neumf-fast"),
     Row("ml-100k", "matrix_factorization"),
     Row("beauty-sequences", "matrix_factorization"),
     Row("ml-1m-predefined", "matrix_factorization"),

@@ -161,7 +161,7 @@ def same_lists(items: npt.NDArray[np.int64], values: npt.NDArray[np.float32], ex
 
 
 def neumf(data: Interactions, items: int, users: int) -> None:
-    model = grown(trained("neumf", data, **NEUMF), items)
+    model = grown(trained("neumf-fast", data, **NEUMF), items)
     assert isinstance(model, NeuMF)
     asked = Users(data, users)
     encoded = asked.encoded(model)

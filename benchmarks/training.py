@@ -43,7 +43,7 @@ RANKINGS = 10
 PEERS: dict[str, tuple[dict[str, Any], str, dict[str, str]]] = {
     "NeuMF": (
         {"train_batch_size": 2048},
-        "neumf",
+        "neumf-fast",
         {
             "factors": "64", "tower_factors": "64", "hidden": "128,64", "dropout": "0", "embedding_dropout": "0",
             "negatives": "16", "shared_negatives": "false", "targets": "32", "loss": "softmax", "recency": "0.8",
@@ -102,7 +102,7 @@ def steps_by_catalogue(largest: int) -> None:
 def step_seconds(rows: int) -> float:
     """Processor seconds of a step of NeuMF, of half as many users as items and users together."""
     recipe = apply_overrides(
-        RECIPES["neumf"],
+        RECIPES["neumf-fast"],
         {"negatives": "1", "shared_negatives": "false", "targets": "1", "loss": "bpr", "recency": "0"}
         | {"batch_size": str(STEP_EXAMPLES)},
     )

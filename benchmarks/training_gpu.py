@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     users, items, events = (100, 80, 1_500) if options.small else (138_493, 26_744, 20_000_000)
     batch = options.batch or (500 if options.small else 262_144)
     data = generated(users, items, events)
-    neumf = apply_overrides(RECIPES["neumf"], NEUMF | {"batch_size": str(batch)})
+    neumf = apply_overrides(RECIPES["neumf-fast"], NEUMF | {"batch_size": str(batch)})
     rate = examples_per_second(neumf, data, options.device) * (1 + neumf.negatives)
     print(json.dumps({"model": "NeuMF", "device": options.device, "million_samples_per_second": rate / 1e6}))
     if not options.small:

@@ -133,19 +133,17 @@ class Recipe:
 
 
 RECIPES: dict[str, Recipe] = {
+    # Trained as the plain factorisation is: one target at a time, L2 on the factors.
     "neumf": Recipe(
         name="neumf",
         model="neumf",
-        config=NeuMFConfig(),
+        config=NeuMFConfig(tower_factors=8, hidden=(16, 8), embedding_dropout=0.0, weigh_factors=False),
         negatives=512,
         shared_negatives=True,
         recency=0.8,
-        targets=64,
-        learning_rate=0.005,
-        schedule="cosine",
-        batch_size=1024,
+        learning_rate=0.002,
+        l2=1e-4,
         epochs=25,
-        patience=5,
     ),
     "caser": Recipe(
         name="caser",
@@ -170,33 +168,20 @@ RECIPES: dict[str, Recipe] = {
         epochs=30,
     ),
     "popularity": Recipe(name="popularity", model="popularity", config=PopularityConfig(), epochs=1),
-    # For data without an order.
-    "neumf-balanced": Recipe(
-        name="neumf-balanced",
+    # Many targets of a user against one draw: a few times as fast, and ranks less well.
+    "neumf-fast": Recipe(
+        name="neumf-fast",
         model="neumf",
-        config=NeuMFConfig(embedding_dropout=0.55),
-        negatives=512,
-        shared_negatives=True,
-        user_balance=0.8,
-        targets=32,
-        learning_rate=0.007,
-        schedule="cosine",
-        batch_size=2000,
-        epochs=20,
-        patience=5,
-    ),
-    # Trained as the plain factorisation is, one target at a time and L2 on the factors: better than the default where
-    # users have many interactions, in two to four times the time.
-    "neumf-l2": Recipe(
-        name="neumf-l2",
-        model="neumf",
-        config=NeuMFConfig(tower_factors=8, hidden=(16, 8), embedding_dropout=0.0, weigh_factors=False),
+        config=NeuMFConfig(),
         negatives=512,
         shared_negatives=True,
         recency=0.8,
-        learning_rate=0.002,
-        l2=1e-4,
+        targets=64,
+        learning_rate=0.005,
+        schedule="cosine",
+        batch_size=1024,
         epochs=25,
+        patience=5,
     ),
     # For many interactions an item: wider vectors, more of which are dropped, against all items of a small catalogue.
     "caser-large": Recipe(

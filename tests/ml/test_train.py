@@ -34,7 +34,7 @@ def recipe(name: str = "caser", **overrides: str) -> Recipe:
     elif name == "caser":
         sizes |= {"embedding_dropout": "0.1"}
     elif name == "neumf":
-        sizes |= {"tower_factors": "4", "hidden": "8,4", "targets": "1"}
+        sizes |= {"tower_factors": "4", "hidden": "8,4"}
     return apply_overrides(RECIPES[name], sizes | overrides)
 
 
