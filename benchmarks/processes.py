@@ -66,7 +66,7 @@ def main() -> None:
     parser.add_argument("--users", type=int, default=20_000)
     parser.add_argument("--items", type=int, default=10_000)
     parser.add_argument("--events", type=int, default=400_000)
-    parser.add_argument("--recipe", action="append", help="neumf and caser unless others are named")
+    parser.add_argument("--recipe", action="append", help="neumf-fast and caser unless others are named")
     parser.add_argument("--batch-size", type=int, help="of all processes together, instead of the recipe's")
     arguments = parser.parse_args()
     torch.set_num_threads(1)

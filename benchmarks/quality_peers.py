@@ -21,8 +21,9 @@ from quality import PEERS, PROTOCOLS
 from ml.importers import load, open_source
 from ml.split import split_by_name
 
-# RecBole's own settings but for windows. Caser's are as long as ours: with RecBole's 50, an epoch takes hours. With 20,
-# an epoch of SASRec on MovieLens 1M takes 14 minutes of processor time and not 36: eight in two hours, not three.
+# RecBole's own settings but for windows. Caser's are what our horizontal filters see: with RecBole's 50, an epoch takes
+# hours. With 20, an epoch of SASRec on MovieLens 1M takes 14 minutes of processor time and not 36: eight in two hours,
+# not three.
 SETTINGS: dict[str, dict[str, Any]] = {
     "BPR": {},
     "NeuMF": {},

@@ -77,7 +77,7 @@ def measure(data: Interactions, recipe: Recipe, seed: int) -> dict[str, Any]:
     full_seconds = time.process_time() - started
     old_data = without_the_unknown(split.train.select(~news(split.train, seed)))
     old = train(recipe, old_data, epochs=full.best_epoch, seed=seed)
-    initial = grown(recipe, split.train, Recommender(old.model, old_data.users, old_data.items), "old", seed)
+    initial = grown(recipe, split.train, Recommender(old.model, old_data.users, old_data.items), seed)
     stale = ranked(initial, evaluator)
     started = time.process_time()
     warm = train(recipe.warm(), split.train, evaluator.stopping_metric, seed=seed, initial=initial)

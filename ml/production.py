@@ -127,6 +127,8 @@ def produce(
     interactions = interactions_of(store, training.snapshot, processes)
     _check_enough(interactions, processes)
     parent = None if training.warm_start is None else registry.load(training.warm_start)
+    if parent is not None:
+        _check_same_model(training.recipe, parent[0].model, parent[1].version)
     evaluated = workspace.finished("evaluate")
     # What it was compared with may have been replaced since; the fit itself is still in its checkpoint.
     if evaluated is None or evaluated["compare"] != training.compare:
@@ -157,9 +159,7 @@ def produce(
             checkpoint=workspace.checkpoint("refit"),
             on_progress=on_progress,
             epochs=epochs,
-            initial=None
-            if parent is None
-            else grown(training.recipe, interactions, parent[0], parent[1].version, training.seed),
+            initial=None if parent is None else grown(training.recipe, interactions, parent[0], training.seed),
             processes=processes,
         )
     report.phase("publish")
@@ -217,7 +217,7 @@ def _fit_and_evaluate(
         newer = leave_one_out(interactions, after=microseconds(parent[1].trained_through))
         held_out = processes.sum_number(len(newer.validation)), processes.sum_number(len(newer.test))
         if min(held_out) >= FEWEST_NEW_USERS:
-            split, initial = newer, grown(training.recipe, interactions, parent[0], parent[1].version, training.seed)
+            split, initial = newer, grown(training.recipe, interactions, parent[0], training.seed)
     check_no_leak(split, interactions)
     report.phase("fit", warm=initial is not None)
     evaluator = SplitEvaluator(split, seed=training.seed, processes=processes)
@@ -283,19 +283,29 @@ def _compare(
     return None if figures is None else {"version": training.compare, **figures}
 
 
-def grown(recipe: Recipe, interactions: Interactions, parent: Recommender, version: str, seed: int) -> RankingModel:
+def grown(recipe: Recipe, interactions: Interactions, parent: Recommender, seed: int) -> RankingModel:
     """Start from the parent's weights: its rows for the users and items it knew, fresh rows for the others."""
     with torch.random.fork_rng([]):
         torch.manual_seed(seed)
         fresh = build_model(recipe.model, interactions.num_users, interactions.num_items, recipe.config)
-    if type(parent.model) is not type(fresh) or parent.model.config != fresh.config:
-        raise ValueError(
-            f"{recipe.name} cannot start from version {version}, a {type(parent.model).__name__} with "
-            f"{parent.model.config}: train without a warm start, or with the same model and settings"
-        )
     user_rows = parent.users.indices(interactions.users.array)
     item_rows = parent.items.indices(interactions.items.array)
     return grown_from(parent.model, fresh, user_rows, item_rows)
+
+
+def _check_same_model(recipe: Recipe, model: RankingModel, version: str) -> None:
+    """Refuse to start a recipe from a version of another shape, before anything is trained."""
+    if type(model.config) is not type(recipe.config):
+        differences = f"a {type(model).__name__}"
+    else:
+        ours, theirs = asdict(recipe.config), asdict(model.config)
+        unlike = [key for key in ours if ours[key] != theirs[key]]
+        differences = ", ".join(f"{key} is {theirs[key]} there and {ours[key]} here" for key in unlike)
+    if differences:
+        raise ValueError(
+            f"{recipe.name} cannot start from version {version}: {differences}; train without a warm start, or with "
+            "the same model and settings"
+        )
 
 
 def _reach(interactions: Interactions, processes: Processes) -> tuple[str, str]:

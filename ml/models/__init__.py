@@ -58,6 +58,9 @@ def read_config(name: str, values: Mapping[str, Any]) -> ModelConfig:
     if name not in CONFIGS:
         raise ValueError(f"unknown model {name!r}; the models are {', '.join(CONFIGS)}")
     kind: Any = CONFIGS[name]
+    if name == "caser" and "window_length" in values:
+        # Versions from before horizontal filters had a length of their own: they saw the whole window.
+        values = {"horizontal_length": values["window_length"], **values}
     valid = [field.name for field in fields(kind)]
     if unknown := sorted(set(values) - set(valid)):
         raise ValueError(f"{name} has no {', '.join(unknown)}; it has {', '.join(valid) or 'nothing to set'}")

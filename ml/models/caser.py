@@ -62,6 +62,8 @@ class Caser(RankingModel):
             raise ValueError(
                 f"Caser looks at latest items: window_length must be 1 or more, not {config.window_length}"
             )
+        if config.horizontal_length < 1:
+            raise ValueError(f"horizontal_length must be 1 or more, not {config.horizontal_length}")
         super().__init__(num_users, num_items, config, window_length=config.window_length)
         width, length, scale = config.factors, config.window_length, config.initial_scale
         self.horizontal_length = recent = min(config.horizontal_length, length)

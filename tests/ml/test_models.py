@@ -229,6 +229,19 @@ def test_caser_starts_with_every_filter_and_unit_at_work() -> None:
     assert all(bool(working.all()) for working in at_work.values())
 
 
+def test_caser_starts_with_the_latest_items_ahead() -> None:
+    assert Caser(1, 1, CaserConfig(window_length=7, horizontal_length=5)).state_dict()["straight.weight"].tolist() == [
+        pytest.approx([0.02, 0.02, 0.2, 0.2, 0.2, 0.2, 0.2])
+    ]
+
+
+def test_a_caser_of_old_sees_its_whole_window() -> None:
+    model = build_model("caser", 3, 9, {"window_length": 8})
+    assert isinstance(model, Caser)
+    assert (model.horizontal_length, len(model.horizontal)) == (8, 8)
+    assert build_model("caser", 3, 9, {}).config == CaserConfig()
+
+
 @pytest.mark.parametrize(("length", "horizontal_length"), [(1, 1), (2, 2), (7, 7), (7, 3)])
 def test_caser_sums_its_filters_alike_in_training_and_ranking(length: int, horizontal_length: int) -> None:
     model = Caser(3, 9, CaserConfig(4, length, horizontal_length, horizontal_filters=3)).eval()
@@ -303,6 +316,8 @@ def test_impossible_sizes_are_refused() -> None:
         NeuMF(1, 1, NeuMFConfig(hidden=()))
     with pytest.raises(ValueError, match="window_length must be 1 or more"):
         Caser(1, 1, CaserConfig(window_length=0))
+    with pytest.raises(ValueError, match="horizontal_length must be 1 or more"):
+        Caser(1, 1, CaserConfig(horizontal_length=0))
     with pytest.raises(ValueError, match="unknown model 'neural'"):
         build_model("neural", 1, 1)
 

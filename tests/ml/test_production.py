@@ -3,6 +3,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -237,8 +238,13 @@ def test_a_warm_start_without_news_is_tested_from_scratch(store: FolderStore) ->
 def test_a_warm_start_needs_the_same_model(store: FolderStore) -> None:
     snapshot = snapshot_of(store, events())
     produce(training(snapshot, version="old"), str(store.path), None, Recorder())
-    with pytest.raises(ValueError, match="cannot start from version old"):
-        produce(training(snapshot, "caser", version="new", warm_start="old"), str(store.path), None, Recorder())
+    other, report = training(snapshot, "caser", version="new", warm_start="old"), Recorder()
+    with pytest.raises(ValueError, match="cannot start from version old: a MatrixFactorization; train without"):
+        produce(other, str(store.path), None, report)
+    wider = replace(other, recipe=apply_overrides(recipe_named("matrix_factorization"), SETTINGS | {"factors": "7"}))
+    with pytest.raises(ValueError, match="cannot start from version old: factors is 8 there and 7 here; train without"):
+        produce(wider, str(store.path), None, report)
+    assert report.phases() == ["load", "load"]
     with pytest.raises(VersionDamaged, match="no version lost"):
         produce(training(snapshot, version="new", warm_start="lost"), str(store.path), None, Recorder())
 

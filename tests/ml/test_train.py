@@ -33,7 +33,7 @@ def recipe(name: str = "caser", **overrides: str) -> Recipe:
         sizes = {}
     elif name == "caser":
         sizes |= {"embedding_dropout": "0.1"}
-    elif name == "neumf":
+    elif name.startswith("neumf"):
         sizes |= {"tower_factors": "4", "hidden": "8,4"}
     return apply_overrides(RECIPES[name], sizes | overrides)
 
@@ -173,7 +173,7 @@ class Interrupted(Exception):  # noqa: N818
     pass
 
 
-@pytest.mark.parametrize("name", ["neumf", "caser", "matrix_factorization"])
+@pytest.mark.parametrize("name", ["neumf", "neumf-fast", "caser", "matrix_factorization"])
 @pytest.mark.parametrize(("stop_after", "targets"), [(1, "1"), (3, "4")])
 def test_a_resumed_training_is_the_same_to_the_last_digit(
     tmp_path: Path, name: str, stop_after: int, targets: str
