@@ -280,7 +280,7 @@ def _compare(
         report.emit("note", f"not compared: {error}", message=f"not compared: {error}")
         return None
     figures = compared(recommender, other, manifest.trained_through, split.history_for_test(), split.test, processes)
-    return None if figures is None else {"version": training.compare, **figures}
+    return {"version": training.compare, **figures}
 
 
 def grown(recipe: Recipe, interactions: Interactions, parent: Recommender, seed: int) -> RankingModel:

@@ -82,10 +82,10 @@ def compared(
     history: Interactions,
     test: Interactions,
     processes: Processes = ALONE,
-) -> dict[str, float] | None:
+) -> dict[str, float | None]:
     """Rank two models for what the other one has not seen, for users that it can rank for.
 
-    Returns the number of interactions and the nDCG@10 of both; None where nothing is left to compare on.
+    Returns the number of interactions and the nDCG@10 of both; None for these where nothing is left to compare on.
     """
     translated = Translated(other, history)
     targets = unseen(test, trained_through)
@@ -103,7 +103,7 @@ def compared(
             processes=processes,
         )
     except ValueError:
-        return None
+        return {"interactions": 0, "this": None, "that": None}
     return {"interactions": ours.targets, "this": ours.metrics["ndcg@10"], "that": theirs.metrics["ndcg@10"]}
 
 

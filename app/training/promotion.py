@@ -15,7 +15,8 @@ from app.training.runs import Promote, database_now
 # Activations follow one another: on PostgreSQL this lock makes them wait, on SQLite the write lock does.
 ACTIVATION_LOCK = 7_305_140_201
 GUARDED_METRIC = "ndcg@10"
-# On fewer, the difference of two versions is chance: one click after a training must not decide.
+# On fewer, the difference of two versions is chance: one click after a training must not decide. Hold-outs that differ
+# in fewer tell much the same.
 MINIMUM_COMPARED = 50
 
 
@@ -56,7 +57,8 @@ def decide(
     """The guard: nDCG@10 on the hold-out must not be below popularity's, nor below the active version's.
 
     `active` is the active version's manifest; `compared` is what the training measured of both on the interactions
-    that the one active at its start has not trained on: `{"version", "interactions", "this", "that"}`.
+    that the one active at its start has not trained on: `{"version", "interactions", "this", "that"}`, None if that
+    one does not load.
     """
     if promote == "never":
         return Decision(False, "left as a candidate, as asked (promote: never)")
@@ -80,13 +82,16 @@ def decide(
     elif compared is not None and compared["version"] == name and compared["interactions"] >= MINIMUM_COMPARED:
         own, other = _number(compared["this"]), _number(compared["that"])
         where = f"on {compared['interactions']} interactions that it has not trained on"
+    elif compared is not None and compared["version"] == name and _hold_outs_are_alike(manifest, active):
+        # The new version knows more recent events: only what is more than chance speaks against it.
+        other = _lower_end(active)
+        where = "the lower end of its 95 % interval, measured on nearly the same hold-out"
     else:
-        fresh = 0 if compared is None else compared["interactions"]
-        unfair = (
-            f"not compared with the active {name}, which does not load or has trained on all but {fresh} interactions "
-            f"of the hold-out ({MINIMUM_COMPARED} are needed)"
-        )
-        return Decision(True, f"promoted: {beats_popularity}; {unfair}")
+        why = "does not load"
+        if compared is not None:
+            why = f"has trained on all but {compared['interactions']} interactions of the hold-out"
+            why += f" ({MINIMUM_COMPARED} are needed) and was measured on another"
+        return Decision(True, f"promoted: {beats_popularity}; not compared with the active {name}, which {why}")
     if own is None or other is None:
         return Decision(False, f"not promoted: its nDCG@10 and that of the active {name} are not both known")
     comparison = f"that of the active {name}, {other:.4f}, {where}"
@@ -108,6 +113,20 @@ def _hold_out(manifest: Mapping[str, Any]) -> tuple[Any, ...] | None:
     if evaluated_on.get("snapshot") is None:
         return None
     return tuple(evaluated_on.get(name) for name in ("snapshot", "split", "from", "through", "interactions"))
+
+
+def _hold_outs_are_alike(manifest: Mapping[str, Any], active: Mapping[str, Any]) -> bool:
+    """Whether two hold-outs, of which few interactions are new, hold about as many."""
+    ours, theirs = (found["metrics"].get("evaluated_on") or {} for found in (manifest, active))
+    if any(part.get("warm") is not False or not part.get("interactions") for part in (ours, theirs)):
+        return False  # a warm start is measured on what is new alone
+    difference = abs(ours["interactions"] - theirs["interactions"])
+    return bool(ours["split"] == theirs["split"] and difference < MINIMUM_COMPARED)
+
+
+def _lower_end(manifest: Mapping[str, Any]) -> float | None:
+    interval = (manifest["metrics"].get("intervals") or {}).get(GUARDED_METRIC)
+    return _number(interval[0]) if interval else None
 
 
 def lock(connection: Connection) -> None:

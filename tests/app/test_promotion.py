@@ -24,14 +24,25 @@ from ml.store import FolderStore
 
 
 def manifest(
-    version: str = "new", test: float | None = 0.2, popularity: float | None = 0.1, snapshot: str = "s"
+    version: str = "new",
+    test: float | None = 0.2,
+    popularity: float | None = 0.1,
+    snapshot: str = "s",
+    lower_end: float | None = None,
+    **evaluated_on: Any,
 ) -> dict[str, Any]:
     metrics = {
         "test": {} if test is None else {"ndcg@10": test},
         "popularity": {} if popularity is None else {"ndcg@10": popularity},
-        "evaluated_on": {"snapshot": snapshot, "split": "leave-one-out", "interactions": 9},
+        "intervals": {} if lower_end is None else {"ndcg@10": [lower_end, 1.0]},
+        "evaluated_on": {"snapshot": snapshot, "split": "leave-one-out", "interactions": 900} | evaluated_on,
     }
     return {"version": version, "metrics": metrics}
+
+
+def cold(version: str = "new", **details: Any) -> dict[str, Any]:
+    """The manifest of a version that was fitted from scratch on its own snapshot."""
+    return manifest(**{"version": version, "snapshot": version, "warm": False} | details)
 
 
 def compared(this: float, that: float, version: str = "old", interactions: int = 50) -> dict[str, Any]:
@@ -55,7 +66,7 @@ def compared(this: float, that: float, version: str = "old", interactions: int =
         # Another hold-out: what the training measured of both.
         ("guarded", manifest(), manifest("old", 0.9, snapshot="t"), compared(0.2, 0.2), True, "on 50 interactions"),
         ("guarded", manifest(), manifest("old", 0.0, snapshot="t"), compared(0.2, 0.21), False, "on 50 interactions"),
-        ("guarded", manifest(), manifest("old", 0.9, snapshot="t"), None, True, "all but 0"),
+        ("guarded", manifest(), manifest("old", 0.9, snapshot="t"), None, True, "does not load"),
         ("guarded", manifest(), manifest("old", 0.9, snapshot="t"), compared(0, 1, interactions=0), True, "all but 0"),
         (
             "guarded",
@@ -64,6 +75,37 @@ def compared(this: float, that: float, version: str = "old", interactions: int =
             compared(0, 1, interactions=49),
             True,
             "all but 49",
+        ),
+        # Next to nothing is new: what was measured of each, less what may be chance.
+        (
+            "guarded",
+            cold(test=0.2),
+            cold("old", lower_end=0.2),
+            compared(0, 1, interactions=49),
+            True,
+            "nearly the same",
+        ),
+        (
+            "guarded",
+            cold(test=0.2),
+            cold("old", lower_end=0.21),
+            compared(0, 1, interactions=0),
+            False,
+            "nearly the same",
+        ),
+        ("guarded", cold(test=0.2), cold("old", lower_end=0.21), compared(1, 0), True, "on 50 interactions"),
+        ("guarded", cold(test=0.2), cold("old", lower_end=0.21), None, True, "does not load"),
+        ("guarded", cold(test=0.2), cold("old"), compared(0, 1, interactions=0), False, "not both known"),
+        *(
+            (
+                "guarded",
+                cold(test=0.2),
+                cold("old", lower_end=0.21, **unlike),
+                compared(0, 1, interactions=0),
+                True,
+                "all but 0",
+            )
+            for unlike in ({"interactions": 850}, {"interactions": 950}, {"split": "temporal"}, {"warm": True})
         ),
         ("guarded", manifest(), manifest("other", 0.1, snapshot="t"), compared(0.9, 0.1), False, "became active"),
         ("guarded", manifest(), manifest("other", 0.1), compared(0.9, 0.1), True, "on the same hold-out"),

@@ -284,3 +284,24 @@ def test_a_run_that_succeeds_is_guarded_and_the_next_is_compared(engine: Engine,
             "model.publish",
             "model.activate",
         ]
+
+
+def test_a_click_after_a_training_lets_no_clearly_worse_version_in(engine: Engine, settings: Settings) -> None:
+    """The active version has trained on all of the next hold-out but the click, yet what it reached before is known."""
+    add_events(engine)
+    worker = Worker(settings, engine)
+    good = queue(engine, "caser", overrides={"epochs": "30", "batch_size": "16"}, promote="guarded")
+    assert worker.work_once()
+    good = read(engine, good)
+    assert good.promoted, good.message
+    with writing(engine) as connection:
+        click = {"user_id": "user-1", "event_id": "click", "item_id": "item-0", "type": "click"}
+        now = datetime.now(UTC)
+        connection.execute(sa.insert(tables.events), [{**click, "occurred_at": now, "received_at": now}])
+    poor = queue(engine, "popularity")
+    assert worker.work_once()
+    poor = read(engine, poor)
+    assert good.snapshot != poor.snapshot
+    assert (poor.state, poor.promoted) == ("succeeded", False), poor.message
+    assert "measured on nearly the same hold-out" in str(poor.message)
+    assert version_states(engine) == {good.version: "active", poor.version: "candidate"}

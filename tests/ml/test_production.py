@@ -232,7 +232,7 @@ def test_a_warm_start_without_news_is_tested_from_scratch(store: FolderStore) ->
     made = produce(training(snapshot, version="new", warm_start="old", compare="old"), str(store.path), None, report)
     # The old version has seen all there is: no honest test of its heirs, nor of itself, is left.
     assert made.metrics["evaluated_on"]["warm"] is False
-    assert made.metrics["compared"] is None
+    assert made.metrics["compared"] == {"version": "old", "interactions": 0, "this": None, "that": None}
 
 
 def test_a_warm_start_needs_the_same_model(store: FolderStore) -> None:
