@@ -40,13 +40,16 @@ def manifest(
     return {"version": version, "metrics": metrics}
 
 
-def cold(version: str = "new", **details: Any) -> dict[str, Any]:
-    """The manifest of a version that was fitted from scratch on its own snapshot."""
-    return manifest(**{"version": version, "snapshot": version, "warm": False} | details)
+def cold(version: str = "new", lower_end: float | None = None, **evaluated_on: Any) -> dict[str, Any]:
+    """The manifest of a version that was fitted from scratch on a snapshot of its own; its nDCG@10 is .2."""
+    return manifest(version, snapshot=version, lower_end=lower_end, **{"warm": False} | evaluated_on)
 
 
 def compared(this: float, that: float, version: str = "old", interactions: int = 50) -> dict[str, Any]:
     return {"version": version, "interactions": interactions, "this": this, "that": that}
+
+
+FEW = compared(0, 1, interactions=49)
 
 
 @pytest.mark.parametrize(
@@ -77,34 +80,13 @@ def compared(this: float, that: float, version: str = "old", interactions: int =
             "all but 49",
         ),
         # Next to nothing is new: what was measured of each, less what may be chance.
-        (
-            "guarded",
-            cold(test=0.2),
-            cold("old", lower_end=0.2),
-            compared(0, 1, interactions=49),
-            True,
-            "nearly the same",
-        ),
-        (
-            "guarded",
-            cold(test=0.2),
-            cold("old", lower_end=0.21),
-            compared(0, 1, interactions=0),
-            False,
-            "nearly the same",
-        ),
-        ("guarded", cold(test=0.2), cold("old", lower_end=0.21), compared(1, 0), True, "on 50 interactions"),
-        ("guarded", cold(test=0.2), cold("old", lower_end=0.21), None, True, "does not load"),
-        ("guarded", cold(test=0.2), cold("old"), compared(0, 1, interactions=0), False, "not both known"),
+        ("guarded", cold(), cold("old", 0.2), FEW, True, "nearly the same"),
+        ("guarded", cold(), cold("old", 0.21), FEW, False, "nearly the same"),
+        ("guarded", cold(), cold("old", 0.21), compared(1, 0), True, "on 50 interactions"),
+        ("guarded", cold(), cold("old", 0.21), None, True, "does not load"),
+        ("guarded", cold(), cold("old"), FEW, False, "not both known"),
         *(
-            (
-                "guarded",
-                cold(test=0.2),
-                cold("old", lower_end=0.21, **unlike),
-                compared(0, 1, interactions=0),
-                True,
-                "all but 0",
-            )
+            ("guarded", cold(), cold("old", 0.21, **unlike), FEW, True, "all but 49")
             for unlike in ({"interactions": 850}, {"interactions": 950}, {"split": "temporal"}, {"warm": True})
         ),
         ("guarded", manifest(), manifest("other", 0.1, snapshot="t"), compared(0.9, 0.1), False, "became active"),
