@@ -194,7 +194,7 @@ def evaluate(
 
 @app.command()
 def versions(store: StoreUrl, as_json: Json = False) -> None:
-    """List the versions in a store, damaged ones with the reason."""
+    """List the versions in a store; those without a sound manifest or with missing files with the reason."""
     with plain_errors():
         from ml.versions import list_command
 

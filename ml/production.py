@@ -28,7 +28,7 @@ from ml.interactions import Interactions
 from ml.models import RankingModel, build_model, grown_from
 from ml.recipes import Recipe
 from ml.recommender import Recommender
-from ml.registry import Manifest, Registry, VersionDamaged, code_version
+from ml.registry import Manifest, Registry, VersionDamaged, VersionExists, code_version
 from ml.split import Split, check_no_leak, leave_one_out
 from ml.store import open_store
 from ml.train import Progress, train
@@ -146,12 +146,13 @@ def produce(
         epochs=evaluated["epochs"],
     )
 
-    recipe = training.recipe if parent is None else training.recipe.warm()
-    epochs = min(evaluated["epochs"], recipe.epochs)  # where the fit was not warm, it took more
+    # What is published is made as what was measured: from the parent only if the fit was, too.
+    warm_parent = parent[0] if parent is not None and metrics["evaluated_on"]["warm"] else None
+    epochs = evaluated["epochs"]
     report.phase("refit", epochs=epochs)
     with report.training("refit") as on_progress:
         result = train(
-            recipe,
+            training.recipe if warm_parent is None else training.recipe.warm(),
             interactions,
             None,
             device=training.device,
@@ -159,7 +160,7 @@ def produce(
             checkpoint=workspace.checkpoint("refit"),
             on_progress=on_progress,
             epochs=epochs,
-            initial=None if parent is None else grown(training.recipe, interactions, parent[0], training.seed),
+            initial=None if warm_parent is None else grown(training.recipe, interactions, warm_parent, training.seed),
             processes=processes,
         )
     report.phase("publish")
@@ -168,19 +169,26 @@ def produce(
     with processes.together():
         if processes.is_first:
             published = Recommender(result.model, interactions.users, interactions.items)
-            name = registry.publish(
-                published,
-                recipe=training.recipe.as_dict(),
-                version=training.version,
-                snapshot=training.snapshot,
-                metrics=metrics,
-                trained_through=newest,
-                refit=True,
-                parent_version=training.warm_start,
-                run_id=training.run_id,
-                run_epoch=training.run_epoch,
-                retrieval=_measured_retrieval(published, interactions, training.seed),
-            ).version
+            retrieval_found = _measured_retrieval(published, interactions, training.seed)
+            try:
+                name = registry.publish(
+                    published,
+                    recipe=training.recipe.as_dict(),
+                    version=training.version,
+                    snapshot=training.snapshot,
+                    metrics=metrics,
+                    trained_through=newest,
+                    refit=True,
+                    parent_version=None if warm_parent is None else training.warm_start,
+                    run_id=training.run_id,
+                    run_epoch=training.run_epoch,
+                    retrieval=retrieval_found,
+                ).version
+            except VersionExists:
+                # The same training ran twice at once, and the other was the first.
+                if (already := _published(registry, training)) is None:
+                    raise
+                name = already.version
     manifest = registry.manifest(processes.gather_values(name)[0])
     workspace.remove_checkpoints()
     return _report_published(manifest, report)
@@ -218,9 +226,17 @@ def _fit_and_evaluate(
         held_out = processes.sum_number(len(newer.validation)), processes.sum_number(len(newer.test))
         if min(held_out) >= FEWEST_NEW_USERS:
             split, initial = newer, grown(training.recipe, interactions, parent[0], training.seed)
+    if parent is not None and initial is None:
+        message = (
+            f"trained from scratch, not from {parent[1].version}: too little is new since then to measure a warm start "
+            f"on ({FEWEST_NEW_USERS} users with two new interactions are needed)"
+        )
+        report.emit("note", message, message=message)
     check_no_leak(split, interactions)
     report.phase("fit", warm=initial is not None)
     evaluator = SplitEvaluator(split, seed=training.seed, processes=processes)
+    # First, as it ends here if there is nothing to measure on.
+    popularity = evaluator.evaluate(popularity_of(split.train, processes), TEST).metrics
     with report.training("fit") as on_progress:
         result = train(
             training.recipe if initial is None else training.recipe.warm(),
@@ -235,7 +251,6 @@ def _fit_and_evaluate(
         )
     report.phase("evaluate")
     recommender = Recommender(result.model, interactions.users, interactions.items)
-    popular = popularity_of(split.train, processes)
     found = {part: evaluator.evaluate(recommender, part) for part in evaluator.parts}
     oldest, newest = _reach(split.test, processes)
     return {
@@ -244,7 +259,7 @@ def _fit_and_evaluate(
         "metrics": {
             VALIDATION: found[VALIDATION].metrics if VALIDATION in found else {},
             TEST: found[TEST].metrics,
-            "popularity": evaluator.evaluate(popular, TEST).metrics,
+            "popularity": popularity,
             "intervals": found[TEST].intervals(),
             "compared": _compare(training, split, recommender, registry, report, processes),
             "evaluated_on": {
@@ -254,6 +269,8 @@ def _fit_and_evaluate(
                 "through": newest,
                 "interactions": processes.sum_number(len(split.test)),
                 "warm": initial is not None,
+                "seed": training.seed,
+                "warm_start": training.warm_start,
                 **counts_of(found[TEST]),
             },
             "epochs_run": result.epochs_run,
@@ -333,8 +350,10 @@ def _published(registry: Registry, training: Training) -> Manifest | None:
     if training.version is None or not registry.exists(training.version):
         return None
     manifest = registry.manifest(training.version)
-    ours = manifest.snapshot == training.snapshot and manifest.run_id == training.run_id
-    if not ours or Recipe.from_dict(manifest.recipe) != training.recipe:
+    asked = (training.snapshot, training.run_id, training.seed, training.warm_start)
+    evaluated_on = manifest.metrics.get("evaluated_on", {})
+    theirs = (manifest.snapshot, manifest.run_id, evaluated_on.get("seed"), evaluated_on.get("warm_start"))
+    if asked != theirs or Recipe.from_dict(manifest.recipe) != training.recipe:
         raise ValueError(f"version {training.version} exists already and is another training's: choose another name")
     return manifest
 

@@ -29,11 +29,12 @@ _MINIMUM: dict[str, tuple[float, bool]] = {
     "dropout": (0, True), "initial_scale": (0, False), "embedding_dropout": (0, True), "unknown_user_share": (0, True),
     "recency": (0, True), "user_balance": (0, True),
 }  # fmt: skip
-# The largest value of those that take memory or time; what is above is a mistake.
+# The largest value of those that take memory or time or leave the range of float32; what is above is a mistake.
 _MAXIMUM = {
     "window_length": 1_000, "horizontal_length": 1_000, "factors": 65_536, "tower_factors": 65_536, "hidden": 65_536,
     "horizontal_filters": 65_536, "vertical_filters": 65_536, "targets": 65_536, "epochs": 100_000, "patience": 100_000,
-    "negatives": 1_000_000, "pool": 1_000_000, "batch_size": 10_000_000,
+    "negatives": 1_000_000, "pool": 1_000_000, "batch_size": 10_000_000, "margin": 1_000_000, "popularity_power": 10,
+    "l2": 1_000, "initial_scale": 1_000, "recency": 10, "user_balance": 10,
 }  # fmt: skip
 _MAXIMUM_CHARACTERS = 200
 # A warm start's shares of the epochs and of the learning rate; chosen on validation, docs/experiments.md.

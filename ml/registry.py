@@ -221,6 +221,13 @@ class Registry:
             raise VersionDamaged(f"there is no version {version} in this store: list them with `ml versions`") from None
         return Manifest.from_bytes(data, version)
 
+    def check_files_exist(self, manifest: Manifest) -> None:
+        """Raise VersionDamaged if a file of a version is missing; only `load` checks the bytes."""
+        present = set(self.store.list(f"versions/{manifest.version}"))
+        for entry in manifest.files.values():
+            if _file_name(manifest.version, entry.name) not in present:
+                raise _damaged(manifest.version, f"its file {entry.name} is missing")
+
     def load(self, version: str) -> tuple[Recommender, Manifest]:
         """Load a version after checking every byte of it; VersionDamaged says what is wrong and what to do."""
         manifest = self.manifest(version)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -95,7 +97,10 @@ def train(
     if processes.sum_number(len(interactions)) == 0:
         raise ValueError("there is nothing to train on: no interactions")
     devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices):  # dropout and initial weights draw from torch's own generator
+    with (
+        _memory_explained(),
+        torch.random.fork_rng(devices),
+    ):  # dropout and initial weights draw from torch's own generator
         torch.manual_seed(seed)
         model = build_model(recipe.model, interactions.num_users, interactions.num_items, recipe.config)
         if initial is not None:
@@ -127,6 +132,19 @@ def train(
                     if processes.is_first:
                         save_checkpoint(checkpoint, fingerprint, state)
         return loop.result()
+
+
+@contextmanager
+def _memory_explained() -> Iterator[None]:
+    """Say what to do where memory is refused; PyTorch tells of it by the text of the error alone."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not re.search(r"allocate memory|out of memory", str(error)):
+            raise
+        raise ValueError(
+            "not enough memory for this training: choose a smaller batch_size, or fewer negatives, targets or factors"
+        ) from error
 
 
 @dataclass

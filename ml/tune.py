@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     import optuna
 
 METRIC = "ndcg@10"
+# How the file of a study begins, as Optuna writes it.
+_STUDY_BEGINS = b'{"op_code"'
 
 
 @dataclass(frozen=True)
@@ -245,7 +248,21 @@ def _nothing(interactions: Interactions) -> Interactions:
 
 def _storage(path: Path) -> "optuna.storages.BaseStorage":
     from optuna.storages import JournalStorage
-    from optuna.storages.journal import JournalFileBackend
+    from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    return JournalStorage(JournalFileBackend(str(path)))
+    lock = JournalFileSymlinkLock(str(path))
+    lock.acquire()  # other searches may write to the same study
+    try:
+        content = path.read_bytes() if path.exists() else b""
+        if content and not content.startswith(_STUDY_BEGINS):
+            raise ValueError(f"{path} is not a study: name another file with --study")
+        if content and not content.endswith(b"\n"):
+            # What was cut off while it was written would run into the next line.
+            os.truncate(path, content.rfind(b"\n") + 1)
+    finally:
+        lock.release()
+    try:
+        return JournalStorage(JournalFileBackend(str(path), lock_obj=lock))
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"the study {path} is damaged ({error}): name another file with --study") from None

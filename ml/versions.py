@@ -43,6 +43,11 @@ class Translated:
         self.device = recommender.device
 
     @property
+    def knows_an_item(self) -> bool:
+        """Whether the recommender can rank any item of the data."""
+        return not bool(self._unknown.all())
+
+    @property
     def known_users(self) -> npt.NDArray[np.bool_]:
         """Which users of the data the recommender was trained on, (num_users,)."""
         known: npt.NDArray[np.bool_] = self._users >= 0
@@ -132,6 +137,10 @@ def evaluate_command(
         parts = split_by_name(split, interactions, seed=seed)
     evaluator = SplitEvaluator(parts, negatives=negatives, seed=seed)
     translated = Translated(recommender, interactions)
+    if not translated.knows_an_item:
+        raise ValueError(
+            f"version {version} knows none of the items of this data: are their ids those of its training?"
+        )
     evaluator.known_users = translated.known_users
     found = evaluator.evaluate(translated, TEST)
     baseline = evaluator.evaluate(popularity_of(parts.train), TEST, strangers=translated.folds_in)
@@ -165,7 +174,9 @@ def list_command(store_url: str, *, as_json: bool) -> None:
     sound, damaged = [], []
     for name in registry.names():
         try:
-            sound.append(registry.manifest(name))
+            manifest = registry.manifest(name)
+            registry.check_files_exist(manifest)
+            sound.append(manifest)
         except VersionDamaged as error:
             damaged.append({"version": name, "problem": str(error)})
     sound.sort(key=lambda manifest: (manifest.created_at, manifest.version))

@@ -15,9 +15,10 @@ from app.training.runs import Promote, database_now
 # Activations follow one another: on PostgreSQL this lock makes them wait, on SQLite the write lock does.
 ACTIVATION_LOCK = 7_305_140_201
 GUARDED_METRIC = "ndcg@10"
-# On fewer, the difference of two versions is chance: one click after a training must not decide. Hold-outs that differ
-# in fewer tell much the same.
+# On fewer, the difference of two versions is chance: one click after a training must not decide.
 MINIMUM_COMPARED = 50
+# Hold-outs of which no larger share is new, and that are as large but for that, tell much the same.
+ALIKE_SHARE = 0.1
 
 
 class NothingToRollBackTo(ValueError):  # noqa: N818
@@ -82,7 +83,7 @@ def decide(
     elif compared is not None and compared["version"] == name and compared["interactions"] >= MINIMUM_COMPARED:
         own, other = _number(compared["this"]), _number(compared["that"])
         where = f"on {compared['interactions']} interactions that it has not trained on"
-    elif compared is not None and compared["version"] == name and _hold_outs_are_alike(manifest, active):
+    elif compared is not None and compared["version"] == name and _alike(manifest, active, compared["interactions"]):
         # The new version knows more recent events: only what is more than chance speaks against it.
         other = _lower_end(active)
         where = "the lower end of its 95 % interval, measured on nearly the same hold-out"
@@ -90,7 +91,7 @@ def decide(
         why = "does not load"
         if compared is not None:
             why = f"has trained on all but {compared['interactions']} interactions of the hold-out"
-            why += f" ({MINIMUM_COMPARED} are needed) and was measured on another"
+            why += f" ({MINIMUM_COMPARED} are needed) and was itself measured on another"
         return Decision(True, f"promoted: {beats_popularity}; not compared with the active {name}, which {why}")
     if own is None or other is None:
         return Decision(False, f"not promoted: its nDCG@10 and that of the active {name} are not both known")
@@ -115,13 +116,14 @@ def _hold_out(manifest: Mapping[str, Any]) -> tuple[Any, ...] | None:
     return tuple(evaluated_on.get(name) for name in ("snapshot", "split", "from", "through", "interactions"))
 
 
-def _hold_outs_are_alike(manifest: Mapping[str, Any], active: Mapping[str, Any]) -> bool:
-    """Whether two hold-outs, of which few interactions are new, hold about as many."""
+def _alike(manifest: Mapping[str, Any], active: Mapping[str, Any], number_new: int) -> bool:
+    """Whether both versions were measured on much the same hold-out, of which `number_new` interactions are new."""
     ours, theirs = (found["metrics"].get("evaluated_on") or {} for found in (manifest, active))
-    if any(part.get("warm") is not False or not part.get("interactions") for part in (ours, theirs)):
-        return False  # a warm start is measured on what is new alone
-    difference = abs(ours["interactions"] - theirs["interactions"])
-    return bool(ours["split"] == theirs["split"] and difference < MINIMUM_COMPARED)
+    size, other_size = (part.get("interactions") or 0 for part in (ours, theirs))
+    # A warm start is measured on what is new alone.
+    is_cold = ours.get("warm") is False and theirs.get("warm") is False
+    is_same_kind = is_cold and ours.get("split") == theirs.get("split") and _lower_end(active) is not None
+    return is_same_kind and max(number_new, abs(size - other_size)) <= ALIKE_SHARE * min(size, other_size)
 
 
 def _lower_end(manifest: Mapping[str, Any]) -> float | None:

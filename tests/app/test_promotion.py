@@ -84,10 +84,13 @@ FEW = compared(0, 1, interactions=49)
         ("guarded", cold(), cold("old", 0.21), FEW, False, "nearly the same"),
         ("guarded", cold(), cold("old", 0.21), compared(1, 0), True, "on 50 interactions"),
         ("guarded", cold(), cold("old", 0.21), None, True, "does not load"),
-        ("guarded", cold(), cold("old"), FEW, False, "not both known"),
+        ("guarded", cold(), cold("old"), FEW, True, "all but 49"),
+        # Where as much is new as is not, the hold-outs have little in common.
+        ("guarded", cold(interactions=490), cold("old", 0.21, interactions=490), FEW, False, "nearly the same"),
+        ("guarded", cold(interactions=489), cold("old", 0.21, interactions=489), FEW, True, "all but 49"),
         *(
             ("guarded", cold(), cold("old", 0.21, **unlike), FEW, True, "all but 49")
-            for unlike in ({"interactions": 850}, {"interactions": 950}, {"split": "temporal"}, {"warm": True})
+            for unlike in ({"interactions": 818}, {"interactions": 991}, {"split": "temporal"}, {"warm": True})
         ),
         ("guarded", manifest(), manifest("other", 0.1, snapshot="t"), compared(0.9, 0.1), False, "became active"),
         ("guarded", manifest(), manifest("other", 0.1), compared(0.9, 0.1), True, "on the same hold-out"),

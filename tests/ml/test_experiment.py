@@ -1,6 +1,8 @@
 import json
 import math
 import os
+import re
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -215,6 +217,43 @@ def test_tune_searches_without_the_test_part(csv: Path, tmp_path: Path) -> None:
     )
 
 
+def test_a_search_goes_on_from_a_study_that_was_cut_off_and_leaves_other_files_alone(csv: Path, tmp_path: Path) -> None:
+    study = tmp_path / "study.journal"
+    base = ["tune", "--data", csv, "--recipe", "matrix_factorization", *QUICK, "--folds", 1, "--tune", "factors"]
+    first = document(*base, "--trials", 1, "--study", study)
+    whole = study.read_bytes()
+    for cut_off in (whole[:-5], whole + b'{"op_code":4,"wor'):
+        study.write_bytes(cut_off)
+        found = document(*base, "--trials", 2, "--study", study)
+        assert first["trials"][0]["settings"] in [trial["settings"] for trial in found["trials"]]
+        assert found["trials"][-1]["state"] == "complete"
+        assert study.read_bytes().endswith(b"\n")
+    lines = whole.splitlines(keepends=True)
+    for content, reason in (
+        (b"notes", "is not a study"),
+        (b"".join([*lines[:2], b"garbage\n", *lines[2:]]), "is damaged"),
+    ):
+        study.write_bytes(content)
+        result = run(*base, "--trials", 1, "--study", study)
+        assert result.exit_code == 2
+        assert f"{study} {reason}" in result.stderr
+        assert study.read_bytes() == content
+
+
+def test_refused_memory_is_a_clear_error(csv: Path) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (1 << 40, limits[1]))
+    try:
+        huge = ["--set", "factors=65536", "--set", "negatives=10000", "--set", "batch_size=1000"]
+        result = run(
+            "experiment", "--data", csv, "--recipe", "matrix_factorization", *huge, "--set", "shared_negatives=false"
+        )
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+    assert result.exit_code == 2
+    assert "not enough memory for this training: choose a smaller batch_size" in result.stderr
+
+
 def test_one_file_keeps_searches_apart_and_starts_with_the_recipe(csv: Path, tmp_path: Path) -> None:
     study = tmp_path / "study.journal"
     base = ["tune", "--recipe", "matrix_factorization", *QUICK, "--folds", 1, "--tune", "factors", "--study", study]
@@ -291,14 +330,22 @@ def test_versions_are_listed_and_evaluated(csv: Path, tmp_path: Path) -> None:
     )
     (store / "versions" / "bad").mkdir()
     (store / "versions" / "bad" / "manifest.json").write_text("{")
+    registry.publish(popularity_of(interactions), recipe=RECIPES["popularity"].as_dict(), version="cut")
+    next((store / "versions" / "cut").glob("users-*")).unlink()
     found = document("versions", "--store", store)
     assert [version["version"] for version in found["versions"]] == ["v1"]
-    assert [version["version"] for version in found["damaged"]] == ["bad"]
+    assert [version["version"] for version in found["damaged"]] == ["bad", "cut"]
+    assert "users-" in found["damaged"][1]["problem"]
     listed = run("versions", "--store", store)
     assert "v1" in listed.stdout
     assert "not JSON" in listed.stderr
     evaluated = document("evaluate", "--version", "v1", "--store", store, "--data", csv)
     assert evaluated["test_not_seen_in_training"] == 39
+    strange = tmp_path / "strange.csv"
+    strange.write_text(re.sub(r",i(\d)", r",j\1", csv.read_text()))
+    result = run("evaluate", "--version", "v1", "--store", store, "--data", strange)
+    assert result.exit_code == 2
+    assert "version v1 knows none of the items" in result.stderr
     assert evaluated["evaluated"]["test"]["users"] == 80
     for arguments in (["--version", "bad", "--data", csv], ["--version", "v1"]):
         assert run("evaluate", "--store", store, *arguments).exit_code == 2

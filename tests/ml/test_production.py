@@ -15,7 +15,7 @@ import torch
 from ml.checkpoint import load_checkpoint, save_checkpoint
 from ml.production import Reporter, Training, produce, run_command
 from ml.recipes import apply_overrides, recipe_named
-from ml.registry import Registry, VersionDamaged
+from ml.registry import Manifest, Registry, VersionDamaged
 from ml.retrieval import probes_worth
 from ml.snapshots import DEFAULT_MEANINGS, PART_SCHEMA, make_snapshot, publish, write_part
 from ml.store import FolderStore
@@ -194,8 +194,26 @@ def test_a_workspace_of_another_training_is_not_taken_up(store: FolderStore, tmp
     report = Recorder()
     produce(training(snapshot, version="b", seed=2), str(store.path), work, report)
     assert report.phases() == ["load", "fit", "evaluate", "refit", "publish"]
-    with pytest.raises(ValueError, match="another training's"):
-        produce(training(snapshot, version="b", run_id="other"), str(store.path), None, Recorder())
+    for other in ({"run_id": "other"}, {"seed": 3}, {"seed": 2, "warm_start": "b"}):
+        with pytest.raises(ValueError, match="another training's"):
+            produce(training(snapshot, version="b", **other), str(store.path), None, Recorder())
+
+
+def test_the_second_of_two_equal_trainings_at_once_ends_with_the_version_of_the_first(
+    store: FolderStore, tmp_path: Path
+) -> None:
+    snapshot = snapshot_of(store, events())
+
+    class Overtaken(Recorder):
+        def emit(self, kind: str, text: str, **values: Any) -> None:
+            super().emit(kind, text, **values)
+            if (kind, values.get("phase")) == ("phase", "publish"):
+                first.append(produce(training(snapshot, version="a"), str(store.path), None, Recorder()))
+
+    first: list[Manifest] = []
+    second = produce(training(snapshot, version="a"), str(store.path), tmp_path / "work", Overtaken())
+    assert [second] == first
+    assert not list((tmp_path / "work").rglob("*.checkpoint"))
 
 
 def test_a_warm_start_copies_rows_by_id_and_is_tested_on_what_is_new(store: FolderStore) -> None:
@@ -233,6 +251,12 @@ def test_a_warm_start_without_news_is_tested_from_scratch(store: FolderStore) ->
     # The old version has seen all there is: no honest test of its heirs, nor of itself, is left.
     assert made.metrics["evaluated_on"]["warm"] is False
     assert made.metrics["compared"] == {"version": "old", "interactions": 0, "this": None, "that": None}
+    # What is published is what was measured, made from scratch.
+    cold = produce(training(snapshot, version="cold"), str(store.path), None, Recorder())
+    assert made.files["model"].sha256 == cold.files["model"].sha256
+    assert made.parent_version is None
+    [note] = report.of_kind("note")
+    assert "trained from scratch, not from old" in note["message"]
 
 
 def test_a_warm_start_needs_the_same_model(store: FolderStore) -> None:
@@ -271,9 +295,10 @@ def test_too_little_data_is_a_clear_error(
     store: FolderStore, table: pa.Table, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(store, snapshot_of(store, table)) == 2
-    [line] = [json.loads(text) for text in capsys.readouterr().out.splitlines() if '"error"' in text]
-    assert line["kind"] == "error"
-    assert "interaction" in line["message"]
+    lines = [json.loads(text) for text in capsys.readouterr().out.splitlines()]
+    assert not [line for line in lines if line["kind"] == "epoch"]
+    assert lines[-1]["kind"] == "error"
+    assert "interaction" in lines[-1]["message"]
 
 
 @pytest.mark.parametrize("recipe", ["neumf", "caser", "matrix_factorization", "popularity"])

@@ -49,6 +49,8 @@ def test_overrides_are_typed_by_their_key() -> None:
         ("epochs", "9" * 5_000, "epochs must be at most 200 characters long, not 5,000"),
         ("negatives", "1000001", "negatives must be at most 1,000,000"),
         ("batch_size", "10000001", "batch_size must be at most 10,000,000"),
+        ("user_balance", "1e300", "user_balance must be at most 10, not"),
+        ("l2", "1e30", "l2 must be at most 1,000, not"),
         ("item_bias", "maybe", "item_bias must be true or false"),
         ("schedule", "daily", "schedule must be one of constant, cosine"),
         ("precision", "float16", "precision must be one of float32, bfloat16"),
