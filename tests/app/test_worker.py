@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from app.settings import Settings
 from app.training import runs
 from app.training.runs import Run
 from app.training.worker import Worker
-from ml.registry import Registry
+from ml.registry import Manifest, Registry
 from ml.store import FolderStore
 
 LEASE_SECONDS = 2.0
@@ -36,8 +36,9 @@ def settings(tmp_path: Path, database_url: str) -> Settings:
     return Settings(data_dir=tmp_path, database_url=database_url, lease_seconds=LEASE_SECONDS, _env_file=None)
 
 
-def add_events(engine: Engine) -> None:
-    start = datetime(2026, 11, 1, tzinfo=UTC)
+def add_events(
+    engine: Engine, start: datetime = datetime(2026, 11, 1, tzinfo=UTC), numbers: Iterable[int] = range(8)
+) -> None:
     rows = [
         {
             "user_id": f"user-{user}",
@@ -48,7 +49,7 @@ def add_events(engine: Engine) -> None:
             "received_at": start,
         }
         for user in range(30)
-        for number in range(8)
+        for number in numbers
     ]
     with writing(engine) as connection:
         connection.execute(sa.insert(tables.events), rows)
@@ -305,3 +306,27 @@ def test_a_click_after_a_training_lets_no_clearly_worse_version_in(engine: Engin
     assert (poor.state, poor.promoted) == ("succeeded", False), poor.message
     assert "measured on nearly the same hold-out" in str(poor.message)
     assert version_states(engine) == {good.version: "active", poor.version: "candidate"}
+
+
+def test_a_warm_start_goes_on_from_the_newest_version_once_there_is_news(engine: Engine, settings: Settings) -> None:
+    add_events(engine)
+    worker = Worker(settings, engine)
+
+    def trained() -> tuple[Run, Manifest, list[str]]:
+        run = queue(engine, "matrix_factorization", overrides={"epochs": "2"}, warm_start=True)
+        assert worker.work_once()
+        run = read(engine, run)
+        assert run.version is not None, run.message
+        notes = [details["message"] for kind, details in told(engine, run) if kind == "note"]
+        return run, Registry(FolderStore(settings.resolved_store_url)).manifest(run.version), notes
+
+    first, made, notes = trained()
+    assert (made.parent_version, notes) == (None, [])  # there was none to start from
+    _, again, notes = trained()
+    assert again.parent_version is None
+    assert notes[0].startswith(f"trained from scratch, not from {first.version}: too little is new")
+    add_events(engine, start=datetime(2026, 11, 20, tzinfo=UTC), numbers=range(8, 10))
+    third, warm, notes = trained()
+    assert (warm.parent_version, notes) == (again.version, [])
+    assert warm.metrics["evaluated_on"]["interactions"] == 30
+    assert third.state == "succeeded"
