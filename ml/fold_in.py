@@ -12,16 +12,16 @@ from ml.models.ranking_model import RankingModel
 # How much the crowd speaks against the events of one user; how far the crowd's centre may move to what it chooses.
 PRIOR_STRENGTH = 3.0
 CENTRE_STRENGTH = 0.03
-# An event that n of the user's are newer than weighs (1 + n) ** -RECENCY.
-RECENCY = 0.8
+# An event that n of the user's are newer than weighs (1 + n) ** -RECENCY of what all of n events weigh, n ** EVIDENCE.
+RECENCY, EVIDENCE = 1.0, 0.8
 # How far the events since the training move a user who has a row, in steps of what they say of a stranger.
-NEWS_WEIGHT = 2.0
+NEWS_WEIGHT = 4.0
 # The directions in which users differ that are fitted; in all others a stranger is like everybody.
 DIRECTIONS = 32
 # Only the latest events count, which bounds the time of a fit however long a history is.
 MAX_EVENTS = 100
-# Newton's steps: after these nothing moves any more that could change a ranking.
-STEPS = 4
+# Newton's steps, at most, until they are smaller than a thousandth of how far users differ; four do for most strangers.
+MOST_STEPS, SMALL_STEP = 30, 1e-3
 CENTRE_STEPS = 30
 # Users that the crowd is measured by, and items that stand for the catalogue beside which events were chosen.
 CROWD = 65_536
@@ -117,22 +117,44 @@ class FoldIn:
         known = windows < self._model.num_items
         age = known.flip(1).cumsum(1).flip(1).to(self._mean.dtype)  # 1 for the newest
         weights = torch.where(known, age.clamp(min=1) ** -RECENCY, 0.0)
+        number = known.sum(1, keepdim=True).clamp(min=1)
+        weights *= number**EVIDENCE / weights.sum(1, keepdim=True).clamp(min=1)
         taken = self._model.linear_scores(self._tangent_at, windows[known])[0] @ self._basis
         rows = known.nonzero()[:, 0]
         pull = taken.new_zeros(len(windows), self._basis.shape[1])
         pull.index_add_(0, rows, taken * weights[known].unsqueeze(1))
         total = weights.sum(1, keepdim=True)
         fitted = torch.zeros_like(pull)
-        for _ in range(STEPS):
-            chances = (fitted @ self._slopes.T + self._logits).softmax(1)
+        likelihood, logits = self._likelihood(fitted, pull, total)
+        moving = torch.ones_like(likelihood, dtype=torch.bool)
+        for _ in range(MOST_STEPS):
+            chances = logits.softmax(1)
             expected = chances @ self._slopes
             gradient = pull - total * expected - PRIOR_STRENGTH * fitted
             squares = torch.stack([(self._slopes * row.unsqueeze(1)).T @ self._slopes for row in chances])
             curvature = total.unsqueeze(2) * (squares - expected.unsqueeze(2) * expected.unsqueeze(1))
             curvature.diagonal(dim1=1, dim2=2).add_(PRIOR_STRENGTH)
-            fitted = fitted + torch.linalg.solve(curvature, gradient)
+            # Who has arrived stays there, so that nobody's fit depends on who else is fitted.
+            step = torch.linalg.solve(curvature, gradient) * moving.unsqueeze(1)
+            moving &= step.abs().amax(1) > SMALL_STEP
+            likelihood_before = likelihood
+            likelihood, logits = self._likelihood(fitted + step, pull, total)
+            # Far from the maximum a step can overshoot: it is halved until it leads upwards.
+            while (is_worse := moving & (likelihood < likelihood_before)).any():
+                step = torch.where(is_worse.unsqueeze(1), step / 2, step)
+                likelihood, logits = self._likelihood(fitted + step, pull, total)
+                moving &= step.abs().amax(1) > SMALL_STEP
+            fitted = fitted + step
+            if not moving.any():
+                break
         encoded: Tensor = self._mean + fitted @ self._basis.T
         return encoded
+
+    def _likelihood(self, fitted: Tensor, pull: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
+        """What the fit maximises, the likelihood's logarithm but for a constant (batch,), and the logits there."""
+        logits = fitted @ self._slopes.T + self._logits
+        prior = PRIOR_STRENGTH / 2 * fitted.square().sum(1)
+        return (pull * fitted).sum(1) - total.squeeze(1) * logits.logsumexp(1) - prior, logits
 
 
 def _root(covariance: Tensor) -> Tensor:

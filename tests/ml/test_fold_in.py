@@ -51,10 +51,11 @@ def test_the_fit_is_the_maximum_worked_out_by_hand() -> None:
     assert fold_in.PRIOR_STRENGTH == 3
     once = float(fitting.encode(torch.tensor([[2, 2, 1]])))
     assert 1 - np.tanh(once) == pytest.approx(3 * once, abs=1e-6)
-    # The older of two events weighs 2 ** -.8: together e(1) - e(0) pulls, with the weight of both.
+    # The older of two events weighs half as much as the newer one, and both together 2 ** .8.
+    assert (fold_in.RECENCY, fold_in.EVIDENCE) == (1, 0.8)
     both = float(fitting.encode(torch.tensor([[2, 0, 1]])))
-    weight = 2**-fold_in.RECENCY
-    assert (1 - weight) - (1 + weight) * np.tanh(both) == pytest.approx(3 * both, abs=1e-6)
+    newer, older = 2**0.8 * 2 / 3, 2**0.8 / 3
+    assert (newer - older) - (newer + older) * np.tanh(both) == pytest.approx(3 * both, abs=1e-6)
     assert float(fitting.encode(torch.tensor([[2, 2, 2]]))) == pytest.approx(0, abs=1e-6)
 
 
@@ -125,6 +126,26 @@ def test_only_the_latest_events_count(name: str) -> None:
     recommender = recommender_of(random_model(name))
     latest = [number % 60 for number in range(fold_in.MAX_EVENTS)]
     assert torch.equal(recommender.encode([-1], [latest]), recommender.encode([-1], [[7] * 100_000 + latest]))
+
+
+def test_the_fit_arrives_from_far_away_whoever_else_is_fitted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where vectors are long and a history is of one kind, whole steps of Newton's end up going to and fro."""
+    torch.manual_seed(0)
+    model = MatrixFactorization(500, 1000, MatrixFactorizationConfig(factors=32, initial_scale=1.0)).eval()
+    model.counts.copy_(torch.randint(1, 50, (1000,)))
+    vectors = model.item_factors.weight[:1000].detach()
+    alike = (vectors @ vectors[:12].T).topk(100, 0).indices.T
+    windows = torch.cat((torch.full((1, 100), 7), alike, torch.randint(0, 1000, (3, 100))))
+    fitted = FoldIn(model).encode(windows)
+    alone = torch.cat([FoldIn(model).encode(window.unsqueeze(0)) for window in windows])
+    monkeypatch.setattr(fold_in, "MOST_STEPS", 200)
+    monkeypatch.setattr(fold_in, "SMALL_STEP", 1e-6)
+    settled = FoldIn(model).encode(windows)
+    with torch.no_grad():
+        scores, scores_alone, wanted = (model.score_all(encoded) for encoded in (fitted, alone, settled))
+    assert float(wanted[0].softmax(0)[7]) > 0.5
+    torch.testing.assert_close(scores, wanted, rtol=0, atol=0.02)
+    torch.testing.assert_close(scores_alone, scores, rtol=0, atol=0.02)
 
 
 @pytest.mark.parametrize("name", MODELS)
