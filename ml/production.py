@@ -169,7 +169,6 @@ def produce(
     with processes.together():
         if processes.is_first:
             published = Recommender(result.model, interactions.users, interactions.items)
-            retrieval_found = _measured_retrieval(published, interactions, training.seed)
             try:
                 name = registry.publish(
                     published,
@@ -182,7 +181,7 @@ def produce(
                     parent_version=None if warm_parent is None else training.warm_start,
                     run_id=training.run_id,
                     run_epoch=training.run_epoch,
-                    retrieval=retrieval_found,
+                    retrieval=_measured_retrieval(published, interactions, training.seed),
                 ).version
             except VersionExists:
                 # The same training ran twice at once, and the other was the first.

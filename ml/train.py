@@ -97,10 +97,8 @@ def train(
     if processes.sum_number(len(interactions)) == 0:
         raise ValueError("there is nothing to train on: no interactions")
     devices = [device] if device.type == "cuda" else []
-    with (
-        _memory_explained(),
-        torch.random.fork_rng(devices),
-    ):  # dropout and initial weights draw from torch's own generator
+    # Dropout and initial weights draw from torch's own generator.
+    with _memory_explained(), torch.random.fork_rng(devices):
         torch.manual_seed(seed)
         model = build_model(recipe.model, interactions.num_users, interactions.num_items, recipe.config)
         if initial is not None:
