@@ -21,6 +21,7 @@ import numpy.typing as npt
 import torch
 
 from ml.evaluate import Evaluation, evaluate, popularity_of
+from ml.fold_in import chosen_strength
 from ml.ids import IdMap
 from ml.importers import load, open_source
 from ml.interactions import Interactions
@@ -88,6 +89,8 @@ def trained_version(name: str, trained: Interactions, work: Path) -> Recommender
         made = Recommender(result.model, trained.users, trained.items)
         registry.publish(made, recipe=recipe.as_dict(), version=name)
     recommender, manifest = registry.load(name)
+    if recommender.model.fits_strangers:  # as a production training does
+        recommender.prior_strength = chosen_strength(recommender.model, trained, 0)
     if manifest.recipe != recipe.as_dict() or not recommender.users.equals(trained.users):
         raise SystemExit(f"{work} holds a {name} of other settings or data: remove it, or choose another --work")
     return recommender

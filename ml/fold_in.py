@@ -7,11 +7,17 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from ml.interactions import Interactions
 from ml.models.ranking_model import RankingModel
 
-# How much the crowd speaks against the events of one user; how far the crowd's centre may move to what it chooses.
+# How much the crowd speaks against the events of one user where nobody has chosen; how far the crowd's centre may move
+# to what it chooses.
 PRIOR_STRENGTH = 3.0
 CENTRE_STRENGTH = 0.03
+# What `chosen_strength` chooses from, by what came after so many events of so many users. The crowd counts most at
+# first; above 4, ten events say too little.
+STRENGTHS = (0.25, 0.5, 1.0, 2.0, 4.0)
+CHOSEN_AFTER, CHOSEN_BY = (1, 3), 500
 # An event that n of the user's are newer than weighs (1 + n) ** -RECENCY of what all of n events weigh, n ** EVIDENCE.
 RECENCY, EVIDENCE = 1.0, 0.8
 # How far the events since the training move a user who has a row, in steps of what they say of a stranger.
@@ -41,9 +47,16 @@ class FoldIn:
     Source: maximum a posteriori with an empirical prior and Newton's method (Bishop 2006, 4.3.3 to 4.4 and 3.5).
     """
 
-    def __init__(self, model: RankingModel, trained_users: npt.NDArray[np.bool_] | None = None) -> None:
+    def __init__(
+        self,
+        model: RankingModel,
+        trained_users: npt.NDArray[np.bool_] | None = None,
+        *,
+        strength: float = PRIOR_STRENGTH,
+    ) -> None:
         """`trained_users` (num_users,) are those whose rows the training has seen; all of them if None."""
         self._model = model
+        self._strength = strength
         with torch.no_grad():
             crowd = self._crowd(trained_users)
             mean = crowd.mean(0)
@@ -64,13 +77,23 @@ class FoldIn:
 
     def encode(self, windows: Tensor) -> Tensor:
         """Fit strangers to their latest items (batch, length), padded in front with `num_items`: (batch, width)."""
-        with torch.no_grad():
-            return torch.cat([self._fit(part) for part in torch.split(windows, CHUNK)])
+        encoded: Tensor = self._mean + self._fitted(windows, self._strength) @ self._basis.T
+        return encoded
 
     def moved(self, encoded: Tensor, windows: Tensor) -> Tensor:
         """Move users that were trained on (batch, width) by their latest items since then (batch, length), as above."""
-        nothing = windows.new_full((1, 1), self._model.num_items)
-        return encoded + NEWS_WEIGHT * (self.encode(windows) - self.encode(nothing))
+        # A stranger who did nothing is at the mean, and how far news move was chosen for this one strength.
+        moved: Tensor = encoded + NEWS_WEIGHT * self._fitted(windows, PRIOR_STRENGTH) @ self._basis.T
+        return moved
+
+    def log_chances(self, windows: Tensor, items: Tensor, strength: float) -> Tensor:
+        """How likely strangers with these latest items (batch, length) were to take an item (batch,): logarithms."""
+        fitted = self._fitted(windows, strength)
+        with torch.no_grad():
+            slopes, offsets = self._model.linear_scores(self._tangent_at, items)
+            scores: Tensor = offsets + (slopes * (self._mean + fitted @ self._basis.T)).sum(1)
+            chances: Tensor = scores - (fitted @ self._slopes.T + self._logits).logsumexp(1)
+            return chances
 
     def _crowd(self, trained_users: npt.NDArray[np.bool_] | None) -> Tensor:
         """What the model knows of its users, or of as many as are needed, spread evenly: (users, width)."""
@@ -112,7 +135,12 @@ class FoldIn:
             where = where + torch.linalg.solve(curvature, gradient)
         return where
 
-    def _fit(self, windows: Tensor) -> Tensor:
+    def _fitted(self, windows: Tensor, strength: float) -> Tensor:
+        """Where along the basis strangers are, (batch, directions)."""
+        with torch.no_grad():
+            return torch.cat([self._fit(part, strength) for part in torch.split(windows, CHUNK)])
+
+    def _fit(self, windows: Tensor, strength: float) -> Tensor:
         windows = windows[:, -MAX_EVENTS:]
         known = windows < self._model.num_items
         age = known.flip(1).cumsum(1).flip(1).to(self._mean.dtype)  # 1 for the newest
@@ -125,36 +153,55 @@ class FoldIn:
         pull.index_add_(0, rows, taken * weights[known].unsqueeze(1))
         total = weights.sum(1, keepdim=True)
         fitted = torch.zeros_like(pull)
-        likelihood, logits = self._likelihood(fitted, pull, total)
+        likelihood, logits = self._likelihood(fitted, pull, total, strength)
         moving = torch.ones_like(likelihood, dtype=torch.bool)
         for _ in range(MOST_STEPS):
             chances = logits.softmax(1)
             expected = chances @ self._slopes
-            gradient = pull - total * expected - PRIOR_STRENGTH * fitted
+            gradient = pull - total * expected - strength * fitted
             squares = torch.stack([(self._slopes * row.unsqueeze(1)).T @ self._slopes for row in chances])
             curvature = total.unsqueeze(2) * (squares - expected.unsqueeze(2) * expected.unsqueeze(1))
-            curvature.diagonal(dim1=1, dim2=2).add_(PRIOR_STRENGTH)
+            curvature.diagonal(dim1=1, dim2=2).add_(strength)
             # Who has arrived stays there, so that nobody's fit depends on who else is fitted.
             step = torch.linalg.solve(curvature, gradient) * moving.unsqueeze(1)
             moving &= step.abs().amax(1) > SMALL_STEP
             likelihood_before = likelihood
-            likelihood, logits = self._likelihood(fitted + step, pull, total)
+            likelihood, logits = self._likelihood(fitted + step, pull, total, strength)
             # Far from the maximum a step can overshoot: it is halved until it leads upwards.
             while (is_worse := moving & (likelihood < likelihood_before)).any():
                 step = torch.where(is_worse.unsqueeze(1), step / 2, step)
-                likelihood, logits = self._likelihood(fitted + step, pull, total)
+                likelihood, logits = self._likelihood(fitted + step, pull, total, strength)
                 moving &= step.abs().amax(1) > SMALL_STEP
             fitted = fitted + step
             if not moving.any():
                 break
-        encoded: Tensor = self._mean + fitted @ self._basis.T
-        return encoded
+        return fitted
 
-    def _likelihood(self, fitted: Tensor, pull: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
+    def _likelihood(self, fitted: Tensor, pull: Tensor, total: Tensor, strength: float) -> tuple[Tensor, Tensor]:
         """What the fit maximises, the likelihood's logarithm but for a constant (batch,), and the logits there."""
         logits = fitted @ self._slopes.T + self._logits
-        prior = PRIOR_STRENGTH / 2 * fitted.square().sum(1)
+        prior = strength / 2 * fitted.square().sum(1)
         return (pull * fitted).sum(1) - total.squeeze(1) * logits.logsumexp(1) - prior, logits
+
+
+def chosen_strength(model: RankingModel, interactions: Interactions, seed: int) -> float:
+    """The strength under which, taken for strangers, users of the training most likely did what they did next.
+
+    That they were trained on matters little: strangers choose much the same (docs/experiments.md).
+    """
+    fitting, lengths = FoldIn(model.eval()), np.diff(interactions.offsets)
+    device, drawn = model.counts.device, np.random.default_rng(seed)
+    gained = dict.fromkeys(STRENGTHS, 0.0)
+    for number in CHOSEN_AFTER:
+        users = np.flatnonzero(lengths > number)
+        users = drawn.choice(users, min(CHOSEN_BY, len(users)), replace=False)
+        if not len(users):
+            break
+        taken = np.stack([interactions.history(user)[: number + 1] for user in users.tolist()]).astype(np.int64)
+        items = torch.from_numpy(taken).to(device)
+        for strength in STRENGTHS:
+            gained[strength] += float(fitting.log_chances(items[:, :-1], items[:, -1], strength).mean())
+    return max(gained, key=gained.__getitem__) if any(gained.values()) else PRIOR_STRENGTH
 
 
 def _root(covariance: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ from ml import progress, retrieval
 from ml.distributed import ALONE, Processes, joined
 from ml.evaluate import popularity_of
 from ml.experiment import TEST, VALIDATION, SplitEvaluator, chosen_device, chosen_recipe, counts_of
+from ml.fold_in import PRIOR_STRENGTH, chosen_strength
 from ml.interactions import Interactions
 from ml.models import RankingModel, build_model, grown_from
 from ml.recipes import Recipe
@@ -168,7 +169,10 @@ def produce(
     name = ""
     with processes.together():
         if processes.is_first:
-            published = Recommender(result.model, interactions.users, interactions.items)
+            strength = PRIOR_STRENGTH
+            if result.model.fits_strangers:
+                strength = chosen_strength(result.model, interactions, training.seed)
+            published = Recommender(result.model, interactions.users, interactions.items, prior_strength=strength)
             try:
                 name = registry.publish(
                     published,

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ml.fold_in import MAX_EVENTS, FoldIn
+from ml.fold_in import MAX_EVENTS, PRIOR_STRENGTH, FoldIn
 from ml.ids import IdMap
 from ml.interactions import Interactions
 from ml.models import RankingModel
@@ -125,8 +125,12 @@ class Recommender:
         items: IdMap,
         *,
         trained_users: npt.NDArray[np.bool_] | None = None,
+        prior_strength: float = PRIOR_STRENGTH,
     ) -> None:
-        """`trained_users` (num_users,) are those whose rows the training has seen; all of them if None."""
+        """`trained_users` (num_users,) are those whose rows the training has seen; all of them if None.
+
+        `prior_strength` is that of folding in, which `ml.fold_in.chosen_strength` chooses.
+        """
         if len(users) != model.num_users or len(items) != model.num_items:
             raise ValueError(
                 f"the model has {model.num_users} users and {model.num_items} items, "
@@ -138,6 +142,7 @@ class Recommender:
         tensor = next(chain[Tensor](model.parameters(), model.buffers()), None)
         self.device = torch.device("cpu") if tensor is None else tensor.device
         self._trained_users = trained_users
+        self.prior_strength = prior_strength
         self._prepared: Prepared | None = None
         self._fold_in: FoldIn | None = None
         self._fold_in_lock = threading.Lock()
@@ -311,5 +316,5 @@ class Recommender:
         if self._fold_in is None:
             with self._fold_in_lock:
                 if self._fold_in is None:
-                    self._fold_in = FoldIn(self.model, self._trained_users)
+                    self._fold_in = FoldIn(self.model, self._trained_users, strength=self.prior_strength)
         return self._fold_in

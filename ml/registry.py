@@ -25,6 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.overrides import TorchFunctionMode
 
+from ml.fold_in import PRIOR_STRENGTH
 from ml.ids import IdMap
 from ml.models import MODELS, build_model
 from ml.recommender import Recommender
@@ -72,6 +73,7 @@ class Manifest:
     run_epoch: int | None = None
     # recall, users, probes and lists, as ml.retrieval measured them; None where nothing was measured
     retrieval: dict[str, Any] | None = None
+    prior_strength: float = PRIOR_STRENGTH  # of folding in
     format: int = FORMAT
 
     def as_json(self) -> dict[str, Any]:
@@ -186,6 +188,7 @@ class Registry:
             run_id=run_id,
             run_epoch=run_epoch,
             retrieval=None if retrieval is None else _plain(retrieval),
+            prior_strength=recommender.prior_strength,
         )
         if not self.store.put_if_absent(_manifest_name(version), manifest.to_bytes()):
             raise VersionExists(f"version {version} was published by somebody else meanwhile: choose another name")
@@ -253,7 +256,7 @@ class Registry:
             for tensor in weights.values():
                 if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
                     raise ValueError("its weights are not finite")
-            return Recommender(model, users, items), manifest
+            return Recommender(model, users, items, prior_strength=manifest.prior_strength), manifest
         except (ValueError, TypeError, KeyError, RuntimeError, OSError, SafetensorError) as error:
             reason = str(error).partition("\n")[0]
             raise _damaged(version, f"its files do not fit together ({reason})") from None

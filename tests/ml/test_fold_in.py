@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ml import fold_in
-from ml.fold_in import FoldIn
+from ml.fold_in import FoldIn, chosen_strength
 from ml.ids import IdMap
 from ml.interactions import Interactions
 from ml.models import MatrixFactorization, MatrixFactorizationConfig, NeuMF, NeuMFConfig, RankingModel, build_model
@@ -170,6 +170,33 @@ def test_rows_that_nothing_trained_are_no_part_of_the_crowd(name: str) -> None:
             model.get_parameter(table)[25:] = 100.0
     torch.testing.assert_close(FoldIn(model, trained).encode(windows), before)
     assert not torch.allclose(FoldIn(model).encode(windows), before)
+
+
+@pytest.mark.parametrize(("tells", "wanted"), [(True, 0.25), (False, 4.0)])
+def test_the_strength_is_chosen_by_what_users_did_next(*, tells: bool, wanted: float) -> None:
+    """Half of the items lie on either side; who begins on one goes on there, or anywhere."""
+    random = np.random.default_rng(0)
+    sides = random.integers(2, size=(200, 1)) if tells else random.integers(2, size=(200, 5))
+    items = (2 * random.integers(20, size=(200, 5)) + sides).ravel()
+    model = MatrixFactorization(200, 40, MatrixFactorizationConfig(factors=1, item_bias=False)).eval()
+    model.load_state_dict(
+        {
+            "user_factors.weight": torch.tensor([[-1.0], [1.0]] * 100),
+            "item_factors.weight": torch.tensor([[-1.0], [1.0]] * 20),
+            "counts": torch.ones(40),
+        }
+    )
+    data = Interactions.from_arrays(
+        [f"u{number // 5:03}" for number in range(1000)], [f"i{item:02}" for item in items], np.arange(1000)
+    )
+    assert data.num_items == 40
+    assert chosen_strength(model, data, seed=0) == wanted
+
+
+def test_without_a_second_event_the_strength_is_the_usual_one() -> None:
+    data = Interactions.from_arrays([f"u{user}" for user in range(40)], ["i0"] * 40)
+    model = MatrixFactorization(40, 1, MatrixFactorizationConfig(factors=2)).eval()
+    assert chosen_strength(model, data, seed=0) == fold_in.PRIOR_STRENGTH
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from ml.checkpoint import load_checkpoint, save_checkpoint
+from ml.fold_in import STRENGTHS
 from ml.production import Reporter, Training, produce, run_command
 from ml.recipes import apply_overrides, recipe_named
 from ml.registry import Manifest, Registry, VersionDamaged
@@ -114,6 +115,8 @@ def test_a_training_is_evaluated_refitted_and_published(store: FolderStore, tmp_
     assert (on["snapshot"], on["split"], on["interactions"]) == (snapshot, "leave-one-out", 60)
     assert on["through"] == manifest.trained_through
     assert (recommender.num_users, recommender.num_items) == (60, 32)
+    assert recommender.prior_strength == manifest.prior_strength
+    assert manifest.prior_strength in STRENGTHS
 
 
 def test_what_an_index_finds_is_measured_where_a_service_may_build_one(

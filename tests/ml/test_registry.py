@@ -21,7 +21,7 @@ def recommender(name: str = "caser", users: int = 6, items: int = 9, seed: int =
     torch.manual_seed(seed)
     model = build_model(name, users, items)
     maps = (IdMap.from_ids([f"{letter}-{n} ü" for n in range(size)]) for letter, size in (("u", users), ("i", items)))
-    return Recommender(model, *maps)
+    return Recommender(model, *maps, prior_strength=0.5)
 
 
 def publish(registry: Registry, version: str | None = "v1", name: str = "caser", seed: int = 0) -> Manifest:
@@ -55,6 +55,9 @@ def test_what_is_loaded_ranks_as_what_was_published(registry: Registry, name: st
     np.testing.assert_allclose(scores, expected_scores, rtol=1e-6)
     assert loaded.users.equals(original.users)
     assert loaded.items.equals(original.items)
+    assert manifest.prior_strength == 0.5
+    strangers = [recommender.encode([-1], [[1, 2]]) for recommender in (loaded, original)]
+    torch.testing.assert_close(*strangers)
 
 
 def test_names_are_made_up_or_checked(registry: Registry) -> None:
