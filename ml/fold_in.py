@@ -17,7 +17,7 @@ CENTRE_STRENGTH = 0.03
 # What `chosen_strength` chooses from, by what came after so many events of so many users. The crowd counts most at
 # first; above 4, ten events say too little.
 STRENGTHS = (0.25, 0.5, 1.0, 2.0, 4.0)
-CHOSEN_AFTER, CHOSEN_BY = (1, 3), 500
+CHOSEN_AFTER, CHOSEN_BY, FEWEST_TO_CHOOSE = (1, 3), 500, 50
 # An event that n of the user's are newer than weighs (1 + n) ** -RECENCY of what all of n events weigh, n ** EVIDENCE.
 RECENCY, EVIDENCE = 1.0, 0.8
 # How far the events since the training move a user who has a row, in steps of what they say of a stranger.
@@ -28,7 +28,6 @@ DIRECTIONS = 32
 MAX_EVENTS = 100
 # Newton's steps, at most, until they are smaller than a thousandth of how far users differ; four do for most strangers.
 MOST_STEPS, SMALL_STEP = 30, 1e-3
-CENTRE_STEPS = 30
 # Users that the crowd is measured by, and items that stand for the catalogue beside which events were chosen.
 CROWD = 65_536
 MAX_ITEMS = 4_096
@@ -127,12 +126,22 @@ class FoldIn:
         if not float(chosen.sum()) > 0:
             return where
         wanted = slopes.T @ (chosen / chosen.sum())
-        for _ in range(CENTRE_STEPS):
+
+        def likelihood(place: Tensor) -> Tensor:
+            return wanted @ place - (logits + slopes @ place).logsumexp(0) - CENTRE_STRENGTH / 2 * place.square().sum()
+
+        for _ in range(MOST_STEPS):
             chances = (logits + slopes @ where).softmax(0)
             gradient = wanted - slopes.T @ chances - CENTRE_STRENGTH * where
             curvature = _curvature(slopes, chances)
             curvature.diagonal().add_(CENTRE_STRENGTH)
-            where = where + torch.linalg.solve(curvature, gradient)
+            step = torch.linalg.solve(curvature, gradient)
+            # Halved as in a stranger's fit.
+            while step.abs().amax() > SMALL_STEP and likelihood(where + step) < likelihood(where):
+                step = step / 2
+            where = where + step
+            if step.abs().amax() <= SMALL_STEP:
+                break
         return where
 
     def _fitted(self, windows: Tensor, strength: float) -> Tensor:
@@ -187,16 +196,17 @@ class FoldIn:
 def chosen_strength(model: RankingModel, interactions: Interactions, seed: int) -> float:
     """The strength under which, taken for strangers, users of the training most likely did what they did next.
 
-    That they were trained on matters little: strangers choose much the same (docs/experiments.md).
+    That they were trained on matters little: strangers choose much the same (docs/experiments.md). With too few users
+    it is the usual one; of several processes, one chooses by its own users.
     """
     fitting, lengths = FoldIn(model.eval()), np.diff(interactions.offsets)
     device, drawn = model.counts.device, np.random.default_rng(seed)
     gained = dict.fromkeys(STRENGTHS, 0.0)
     for number in CHOSEN_AFTER:
         users = np.flatnonzero(lengths > number)
-        users = drawn.choice(users, min(CHOSEN_BY, len(users)), replace=False)
-        if not len(users):
+        if len(users) < FEWEST_TO_CHOOSE:
             break
+        users = drawn.choice(users, min(CHOSEN_BY, len(users)), replace=False)
         taken = np.stack([interactions.history(user)[: number + 1] for user in users.tolist()]).astype(np.int64)
         items = torch.from_numpy(taken).to(device)
         for strength in STRENGTHS:

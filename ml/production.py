@@ -354,9 +354,9 @@ def _published(registry: Registry, training: Training) -> Manifest | None:
         return None
     manifest = registry.manifest(training.version)
     asked = (training.snapshot, training.run_id, training.seed, training.warm_start)
-    evaluated_on = manifest.metrics.get("evaluated_on", {})
-    theirs = (manifest.snapshot, manifest.run_id, evaluated_on.get("seed"), evaluated_on.get("warm_start"))
-    if asked != theirs or Recipe.from_dict(manifest.recipe) != training.recipe:
+    on = manifest.metrics.get("evaluated_on", {})  # of older versions without what they were asked for
+    recorded = (on.get("seed", training.seed), on.get("warm_start", training.warm_start))
+    if asked != (manifest.snapshot, manifest.run_id, *recorded) or Recipe.from_dict(manifest.recipe) != training.recipe:
         raise ValueError(f"version {training.version} exists already and is another training's: choose another name")
     return manifest
 

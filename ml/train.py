@@ -140,8 +140,10 @@ def _memory_explained() -> Iterator[None]:
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and not re.search(r"allocate memory|out of memory", str(error)):
             raise
+        reason = str(error).partition("\n")[0][:200]
         raise ValueError(
-            "not enough memory for this training: choose a smaller batch_size, or fewer negatives, targets or factors"
+            "not enough memory for this training: choose a smaller batch_size, or fewer negatives, targets or factors "
+            f"({reason})"
         ) from error
 
 

@@ -250,16 +250,22 @@ def _storage(path: Path) -> "optuna.storages.BaseStorage":
     from optuna.storages import JournalStorage
     from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 
+    path = path.absolute()
     path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch()  # Optuna tells by the file's time whether a lock was left behind
     lock = JournalFileSymlinkLock(str(path))
     lock.acquire()  # other searches may write to the same study
     try:
-        content = path.read_bytes() if path.exists() else b""
-        if content and not content.startswith(_STUDY_BEGINS):
+        content = path.read_bytes()
+        if content and not (content.startswith(_STUDY_BEGINS) and b"\n" in content):
             raise ValueError(f"{path} is not a study: name another file with --study")
-        if content and not content.endswith(b"\n"):
-            # What was cut off while it was written would run into the next line.
-            os.truncate(path, content.rfind(b"\n") + 1)
+        whole, _, last = content.rpartition(b"\n")
+        if last:  # cut off while it was written, it would run into the next line
+            try:
+                json.loads(last)
+                path.write_bytes(content + b"\n")
+            except ValueError:
+                os.truncate(path, len(whole) + 1)
     finally:
         lock.release()
     try:

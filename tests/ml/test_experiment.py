@@ -222,7 +222,9 @@ def test_a_search_goes_on_from_a_study_that_was_cut_off_and_leaves_other_files_a
     base = ["tune", "--data", csv, "--recipe", "matrix_factorization", *QUICK, "--folds", 1, "--tune", "factors"]
     first = document(*base, "--trials", 1, "--study", study)
     whole = study.read_bytes()
-    for cut_off in (whole[:-5], whole + b'{"op_code":4,"wor'):
+    Path(f"{study}.lock").symlink_to(study)  # left behind by one that was killed
+    os.utime(study, (0, 0))
+    for cut_off in (whole[:-5], whole[:-1], whole + b'{"op_code":4,"wor'):
         study.write_bytes(cut_off)
         found = document(*base, "--trials", 2, "--study", study)
         assert first["trials"][0]["settings"] in [trial["settings"] for trial in found["trials"]]
@@ -230,6 +232,7 @@ def test_a_search_goes_on_from_a_study_that_was_cut_off_and_leaves_other_files_a
         assert study.read_bytes().endswith(b"\n")
     lines = whole.splitlines(keepends=True)
     for content, reason in (
+        (b'{"op_code": 0, "mine": "precious"}', "is not a study"),
         (b"notes", "is not a study"),
         (b"".join([*lines[:2], b"garbage\n", *lines[2:]]), "is damaged"),
     ):

@@ -128,6 +128,21 @@ def test_only_the_latest_events_count(name: str) -> None:
     assert torch.equal(recommender.encode([-1], [latest]), recommender.encode([-1], [[7] * 100_000 + latest]))
 
 
+@pytest.mark.parametrize("scale", [0.3, 0.7, 1.0])
+def test_the_centre_is_nearer_to_what_the_crowd_chose_than_the_mean_user(scale: float) -> None:
+    torch.manual_seed(0)
+    model = MatrixFactorization(300, 500, MatrixFactorizationConfig(factors=32, initial_scale=scale)).eval()
+    model.counts.copy_(1000 / torch.arange(1, 501))
+    with torch.no_grad():
+        centre = FoldIn(model).encode(torch.full((1, 1), 500))
+        mean = model.encode(torch.arange(300), torch.zeros(300, 0, dtype=torch.int64)).mean(0, keepdim=True)
+        at_centre, at_mean = (
+            float((model.score_all(vector)[0].log_softmax(0) * model.counts).sum() / model.counts.sum())
+            for vector in (centre, mean)
+        )
+    assert at_centre > at_mean
+
+
 def test_the_fit_arrives_from_far_away_whoever_else_is_fitted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where vectors are long and a history is of one kind, whole steps of Newton's end up going to and fro."""
     torch.manual_seed(0)
