@@ -24,7 +24,8 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from ml.production import Reporter, Training, produce
+from ml.production import Training, produce
+from ml.progress import Reporter
 from ml.recipes import recipe_named
 from ml.snapshots import DEFAULT_MEANINGS, make_snapshot, publish, write_part
 from ml.store import FolderStore

@@ -7,32 +7,30 @@ on where it was when it is started again with the same arguments.
 import hashlib
 import json
 import os
-import sys
 import threading
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import typer
 
-from ml import progress, retrieval
+from ml import retrieval
 from ml.distributed import ALONE, Processes, joined
 from ml.evaluate import popularity_of
 from ml.experiment import TEST, VALIDATION, SplitEvaluator, chosen_device, chosen_recipe, counts_of
 from ml.fold_in import PRIOR_STRENGTH, chosen_strength
 from ml.interactions import Interactions
 from ml.models import RankingModel, build_model, grown_from
+from ml.progress import Reporter, Silent
 from ml.recipes import Recipe
 from ml.recommender import Recommender
 from ml.registry import Manifest, Registry, VersionDamaged, VersionExists, code_version
 from ml.split import Split, check_no_leak, leave_one_out
 from ml.store import open_store
-from ml.train import Progress, train
+from ml.train import train
 from ml.versions import compared, interactions_of, microseconds, rfc3339
 from ml.workspace import Workspace
 
@@ -41,46 +39,6 @@ FEWEST_NEW_USERS = 20
 # From so many items on, services may retrieve candidates from an index: what it finds is measured with so many users.
 RETRIEVAL_MEASURED_FROM = 100_000
 RETRIEVAL_MEASURED_USERS = 500
-
-
-class Reporter:
-    """Tells whoever started the training how it goes: JSON lines on standard output, or text for people."""
-
-    def __init__(self, *, as_json: bool) -> None:
-        self.as_json = as_json
-
-    def emit(self, kind: str, text: str, **values: Any) -> None:
-        """Write one line at once."""
-        if self.as_json:
-            typer.echo(json.dumps({"kind": kind, **values}, allow_nan=False))
-            sys.stdout.flush()
-        else:
-            typer.echo(text, err=kind != "published")
-
-    def phase(self, name: str, **values: Any) -> None:
-        """Say which phase starts."""
-        self.emit("phase", f"{name} …", phase=name, **values)
-
-    def training(self, phase: str) -> Any:
-        """Show a training while a block runs; yields the callback for its progress."""
-        return nullcontext(lambda step: self._step(phase, step)) if self.as_json else progress.shown(phase)
-
-    def _step(self, phase: str, step: Progress) -> None:
-        self.emit("epoch" if step.epoch_ended else "progress", "", phase=phase, **progress.as_json(step))
-
-
-class Silent(Reporter):
-    """Says nothing: of several processes, only the first reports."""
-
-    def __init__(self) -> None:
-        super().__init__(as_json=True)
-
-    def emit(self, kind: str, text: str, **values: Any) -> None:
-        """Write nothing."""
-
-    def training(self, phase: str) -> Any:  # noqa: ARG002
-        """Follow no training."""
-        return nullcontext()
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,10 @@
-"""Progress for people: a bar on a terminal, plain lines elsewhere; always on standard error."""
+"""How a training goes on: for people a bar on a terminal and plain lines elsewhere, for programs JSON lines."""
 
+import json
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -83,3 +84,43 @@ def as_json(progress: "Progress") -> dict[str, Any]:
         "seconds_left": progress.seconds_left,
         **({} if progress.validation is None else {"validation": progress.validation}),
     }
+
+
+class Reporter:
+    """Tells whoever started the training how it goes: JSON lines on standard output, or text for people."""
+
+    def __init__(self, *, as_json: bool) -> None:
+        self.as_json = as_json
+
+    def emit(self, kind: str, text: str, **values: Any) -> None:
+        """Write one line at once."""
+        if self.as_json:
+            typer.echo(json.dumps({"kind": kind, **values}, allow_nan=False))
+            sys.stdout.flush()
+        else:
+            typer.echo(text, err=kind != "published")
+
+    def phase(self, name: str, **values: Any) -> None:
+        """Say which phase starts."""
+        self.emit("phase", f"{name} …", phase=name, **values)
+
+    def training(self, phase: str) -> Any:
+        """Show a training while a block runs; yields the callback for its progress."""
+        return nullcontext(lambda step: self._step(phase, step)) if self.as_json else shown(phase)
+
+    def _step(self, phase: str, step: "Progress") -> None:
+        self.emit("epoch" if step.epoch_ended else "progress", "", phase=phase, **as_json(step))
+
+
+class Silent(Reporter):
+    """Says nothing: of several processes, only the first reports."""
+
+    def __init__(self) -> None:
+        super().__init__(as_json=True)
+
+    def emit(self, kind: str, text: str, **values: Any) -> None:
+        """Write nothing."""
+
+    def training(self, phase: str) -> Any:  # noqa: ARG002
+        """Follow no training."""
+        return nullcontext()

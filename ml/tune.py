@@ -263,9 +263,11 @@ def _storage(path: Path) -> "optuna.storages.BaseStorage":
         if last:  # cut off while it was written, it would run into the next line
             try:
                 json.loads(last)
-                path.write_bytes(content + b"\n")
             except ValueError:
                 os.truncate(path, len(whole) + 1)
+            else:
+                with path.open("ab") as file:
+                    file.write(b"\n")
     finally:
         lock.release()
     try:

@@ -14,7 +14,8 @@ import torch
 
 from ml.checkpoint import load_checkpoint, save_checkpoint
 from ml.fold_in import STRENGTHS
-from ml.production import Reporter, Training, produce, run_command
+from ml.production import Training, produce, run_command
+from ml.progress import Reporter
 from ml.recipes import apply_overrides, recipe_named
 from ml.registry import Manifest, Registry, VersionDamaged
 from ml.retrieval import probes_worth
